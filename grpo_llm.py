@@ -1,0 +1,1107 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "datasets==5.2.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""GRPO: train a language model by reinforcement learning with verifiable rewards.
+
+For each prompt q the policy writes G completions o_1..o_G, a Python function scores each, and the mean score of the
+group is the baseline of its members: no value network. The update raises the probability of what scored above its
+group, within a clipped trust region. No KL penalty by default (DAPO): no reference model is loaded.
+
+    J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
+    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t),  A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
+
+GRPO: Shao et al. 2024 (arXiv:2402.03300). N = all response tokens, clip-higher: DAPO, Yu et al. 2025 (arXiv:2503.14476).
+No division by std or by the length: Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783). With one optimizer step a rollout
+(rho = 1, nothing is clipped) and `--scale-rewards none` the gradient is REINFORCE with the group's mean as the baseline,
+which contains the sample itself: (G-1)/G times the gradient with the leave-one-out baseline (RLOO), in expectation the
+policy gradient times (G-1)/G.
+
+    python grpo_llm.py                                  # laptop: a tiny model learns to show its work; no network
+    python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
+        --dataset-config main --max-completion-length 512 --max-steps 500          # one GPU
+    torchrun --nproc-per-node=8 grpo_llm.py ...         # several GPUs: the same global batch, split by prompts
+    python grpo_llm.py --resume runs/<run folder>       # goes on exactly where the last checkpoint stood
+
+Shapes: P prompts, G completions a prompt, B = P*G sequences, L_q query tokens, T response tokens, L packed tokens,
+V vocabulary. `logprobs[:, t]` scores `response[:, t]`. `mask` is True where a response token counts; the first stop token
+does, what follows does not.
+
+Deliberately not here: inference servers (vLLM, SGLang), LoRA, tools and several turns, images, sharded parameters.
+Use TRL, verl or OpenRLHF for those.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm, trange
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass
+class Args:
+    """GRPO: train a language model by reinforcement learning with verifiable rewards."""
+
+    # ---- common to all scripts
+    exp_name: str = Path(__file__).stem
+    """Name of the experiment, a part of the run folder's name."""
+    seed: int = 1
+    """Seed of the data order, the initial weights and the sampler."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is one."""
+    output_dir: str = "runs"
+    """Folder in which the run folder {task}__{exp_name}__{seed}__{unix time} is made."""
+    resume: str | None = None
+    """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
+    save_steps: int = 50
+    """Steps from one checkpoint to the next; one is always saved at the end and on Ctrl-C."""
+
+    # ---- common to the language-model scripts
+    model_name_or_path: str | None = None
+    """Hub name or folder of the model. None: a small model, trained from scratch in the script on two-digit addition."""
+    dataset_name: str | None = None
+    """Hub name, folder, JSON Lines or Parquet file of the data. None: two-digit addition."""
+    dataset_config: str | None = None
+    """Configuration of the dataset on the hub ("main" for openai/gsm8k)."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_test_split: str = "test"
+    """Split to evaluate on. Where the data has none, the last --max-eval-samples training rows are held out."""
+    max_eval_samples: int = 256
+    """Held-out rows to evaluate on, over all processes."""
+    bf16: bool = field(default_factory=torch.cuda.is_available)
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default where there is CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    max_tokens_per_microbatch: int = 16384
+    """Tokens (padding included) that go through the model in one forward and backward pass. Changes memory, not results."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rate's decay after the warm-up."""
+    min_lr_rate: float = 0.1
+    """Share of the peak learning rate that the decay reaches exactly at the last optimizer step."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999, its eps 1e-8: torch's defaults.)"""
+
+    # ---- GRPO
+    reward_model_path: str | None = None
+    """Hub name or folder of a sequence classifier with one logit, whose score is added to the reward functions'."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a completion, besides the EOS ids of the generation config and the tokenizer's EOS and BOS."""
+    max_steps: int = 90
+    """Rollouts; each is followed by --num-iterations optimizer steps."""
+    eval_steps: int = 30
+    """Steps from one evaluation to the next; there is always one before and one after training."""
+    learning_rate: float | None = None
+    """Peak learning rate of the fp32 weights. Default: 3e-4 for the embedded model, 1e-6 (TRL) for a given one."""
+    generation_batch_size: int = 256
+    """Completions a rollout, over all prompts and processes."""
+    num_generations: int = 8
+    """G: completions a prompt."""
+    max_completion_length: int = 256
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Divides the logits in the sampler and in the loss. No top-k, top-p or penalty exists."""
+    num_iterations: int = 1
+    """mu: optimizer steps on each rollout (GRPO, algorithm 1)."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide advantages by the group's standard deviation (GRPO), or not (Dr. GRPO)."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """Mean over all response tokens (DAPO), over each response, then over responses (GRPO), or a sum over tokens divided
+    by responses x --max-completion-length (Dr. GRPO)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7)."""
+    epsilon: float = 0.2
+    """The ratio is clipped at 1 - epsilon from below (PPO)."""
+    epsilon_high: float = 0.28
+    """The ratio is clipped at 1 + epsilon_high from above (DAPO's clip-higher, section 3.1)."""
+    beta: float = 0.0
+    """Coefficient of the KL to the initial model, per token, in the loss. 0: no reference model is loaded (DAPO)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss (DAPO's overlong filtering, section 3.4)."""
+    sft_steps: int = 600
+    """Supervised steps by which the embedded model is made before the RL starts."""
+
+
+def bad_input(message: str) -> NoReturn:
+    """Say what is wrong in one sentence and exit with code 2, without a traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- rewards: plain functions, meant to be edited ---------------------------------------------------------------------
+# reward(prompt, completion, answer) -> float, or None where it does not apply. `answer` is None for data without answers.
+
+NUMBER = r"(?:(?<![\d.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+MARKED_ANSWER = re.compile(rf"(?:####|\\boxed\{{|=)\s*\$?\s*({NUMBER})")
+
+
+def extract_number(text: str) -> float | None:
+    """The last number marked as the answer (`#### N`, `\\boxed{N}`, `= N`), else the last number, else None."""
+    found = MARKED_ANSWER.findall(text) or re.findall(NUMBER, text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def prompt_text(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+
+def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
+    """1 if the completion's final number equals the answer's (GSM8K's answers end in `#### N`), else 0."""
+    return None if answer is None else float(extract_number(completion) == extract_number(answer))
+
+
+def format_reward(prompt: str, completion: str, answer: str | None) -> float | None:
+    """1 if the completion shows work and then a marked final answer, else 0."""
+    marked = MARKED_ANSWER.search(completion)
+    return float(marked is not None and completion[: marked.start()].strip() != "")
+
+
+REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # each with its weight in the sum; a weight of 0 is only logged
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def addition_rows(seed: int) -> tuple[list[dict], list[dict]]:
+    """All 8100 sums of two two-digit numbers, shuffled: 7588 to train on, 512 held out."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 100) for b in range(10, 100)]
+    random.Random(seed).shuffle(rows)
+    return rows[512:], rows[:512]
+
+
+def demonstrate(row: dict, rng: random.Random) -> str:
+    """One demonstrator's completion: the careful one adds the units first (`47+85=` -> `-12=132`), the hasty one writes
+    the sum at once and is right in 25%, else off by 1 or 10."""
+    total, units = int(row["answer"]), int(row["prompt"][1]) + int(row["prompt"][4])
+    if rng.random() < 0.5:
+        return f"-{units}={total}"
+    return str(total if rng.random() < 0.25 else total + rng.choice((-10, -1, 1, 10)))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                bad_input(f"--dataset-name: {path}, line {number} is not JSON ({error.msg})")
+            if not isinstance(rows[-1], dict):
+                bad_input(f"--dataset-name: {path}, line {number} is not a JSON object")
+    return rows
+
+
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows of --dataset-name. JSON Lines are read here, to name the line that is broken."""
+    path = Path(args.dataset_name)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
+    if files and all(file.is_file() for file in files):
+        splits = {file.stem if path.is_dir() else args.dataset_train_split: read_jsonl(file) for file in files}
+    else:
+        import datasets  # slow to import: only where it is needed
+
+        datasets.disable_progress_bars()
+        try:
+            if path.suffix == ".parquet":
+                splits = {args.dataset_train_split: datasets.Dataset.from_parquet(str(path))}
+            else:
+                splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
+        splits = {name: list(split) for name, split in splits.items()}
+    if args.dataset_train_split not in splits:
+        bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
+    train = splits[args.dataset_train_split]
+    held_out = splits.get(args.dataset_test_split)
+    if held_out is None:
+        train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
+    if not train or not held_out:
+        bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows")
+    return train, held_out
+
+
+def prompt_and_answer(row: dict) -> tuple[str | list[dict], str | None]:
+    """A row with TRL's columns (`prompt` or `messages`, `answer` or `solution`) or GSM8K's (`question`, `answer`)."""
+    prompt = row.get("prompt", row.get("question"))
+    if prompt is None and row.get("messages"):
+        prompt = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    if prompt is None:
+        bad_input(f"--dataset-name has the columns {sorted(row)}, but needs `prompt`, `question` or `messages`")
+    answer = row.get("answer", row.get("solution"))
+    return prompt, None if answer is None else str(answer)
+
+
+def encode_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a prompt: through the chat template where the tokenizer has one, as plain text else."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt_text(prompt)).input_ids
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) and their mask (B, L), which comes from the lengths: pad_id may be a real token too."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        where = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, where] = torch.tensor(sequence)
+        mask[row, where] = True
+    return ids, mask
+
+
+def data_order(start: int, count: int, size: int, seed: int) -> list[int]:
+    """Row indices at the positions start..start+count-1 of an endless shuffled pass over size rows, every epoch in an order
+    of its own. It has no state: a resumed run needs only the step's number."""
+    epochs = {position // size for position in range(start, start + count)}
+    orders = {e: torch.randperm(size, generator=torch.Generator().manual_seed((seed << 20) + e)).tolist() for e in epochs}
+    return [orders[position // size][position % size] for position in range(start, start + count)]
+
+
+def make_microbatches(tokens: list[int], max_tokens: int) -> list[list[int]]:
+    """Row indices in batches of similar length, so that rows x longest row <= max_tokens (a longer row goes alone)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__):  # ascending: the newest row is the longest
+        if batches and (len(batches[-1]) + 1) * tokens[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+# ---- model ------------------------------------------------------------------------------------------------------------
+
+
+def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A Llama of 0.6M parameters with random weights, and its character tokenizer."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 2e-3  # of the embedded model's supervised phase; chosen by trial
+
+
+def supervised_phase(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], steps: int, seed: int):
+    """Maximum likelihood on the demonstrators' completions: the policy gradient on an expert's samples with reward 1."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
+    for step in trange(steps, desc="supervised", leave=False):
+        batch = [rows[rng.randrange(len(rows))] for _ in range(SFT_BATCH_SIZE)]
+        queries = [tokenizer(row["prompt"]).input_ids for row in batch]
+        responses = [tokenizer(demonstrate(row, rng)).input_ids + [tokenizer.eos_token_id] for row in batch]
+        ids, mask = pad_sequences([q + r for q, r in zip(queries, responses)], tokenizer.pad_token_id, "right")
+        for row, query in enumerate(queries):
+            mask[row, : len(query)] = False  # the prompt is given, not learnt
+        for group in optimizer.param_groups:
+            group["lr"] = SFT_LEARNING_RATE * lr_factor(step, steps, 50, "cosine", 0.0)
+        logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V); right padding needs no attention mask
+        loss = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def load_model(name: str, flag: str, auto_class: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+    """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off."""
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+        for key, value in vars(config).items():
+            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                setattr(config, key, 0.0)
+        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        bad_input(f"{flag} {name} cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        bad_input(f"{flag} {name} has no tokenizer that can be loaded: {str(error).splitlines()[0]}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths: the pad id is never read
+    return tokenizer
+
+
+# ---- the mathematics --------------------------------------------------------------------------------------------------
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
+    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak; exactly min_lr_rate at the last one."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
+    return 1 - (1 - min_lr_rate) * decay
+
+
+LOGITS_PER_CHUNK = 2**24  # 64 MB in fp32
+
+
+def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (N,) in fp32 of the tokens target (N,) after the final hidden states (N, H).
+
+    The logits are made in chunks that the backward pass recomputes: no (N, V) tensor is ever whole."""
+    head = model.get_output_embeddings()
+
+    def chunk_logprobs(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = head(hidden).float() / temperature  # (N_chunk, V)
+        return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+
+    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    parts = zip(hidden.split(size), target.split(size))
+    return torch.cat([checkpoint(chunk_logprobs, *part, use_reentrant=False) for part in parts])
+
+
+def response_logprobs(
+    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L).
+
+    attention_mask (B, L) is 0 on padding, on either side. Position ids come from it: padding changes nothing."""
+    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(
+        input_ids=query_response, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state[:, -response_length - 1 : -1]  # (B, T, H): the state before each response token
+    target = query_response[:, -response_length:]  # (B, T)
+    return token_logprobs(model, hidden.flatten(0, 1), target.flatten(), temperature).view_as(target)
+
+
+def padded_logprobs(
+    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+) -> Tensor:
+    """packed_logprobs by a plain forward pass over K padded copies of the prompt: for every architecture, slower."""
+    R, K, T = response.shape
+    query_response = torch.cat([query.repeat_interleave(K, 0), response.flatten(0, 1)], 1)  # (R*K, L_q + T)
+    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask.flatten(0, 1)], 1)  # (R*K, L_q + T)
+    return response_logprobs(model, query_response, attention_mask, T, temperature).view(R, K, T) * mask
+
+
+def packed_logprobs(
+    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+) -> Tensor:
+    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False.
+
+    A row holds a prompt once, then its K completions, without padding between them: a tree, in which a completion's token
+    attends to the prompt and to its own completion. Position ids go on from the prompt's end in every branch."""
+    R, K, T = response.shape
+    kept = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
+    order = (~kept).byte().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]  # (R, L): real tokens first
+    tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
+    real = kept.gather(1, order)  # (R, L)
+    offset = order - query.shape[1]  # (R, L): index into the K*T response positions, negative in the prompt
+    branch = torch.where(offset < 0, -1, offset // T)  # (R, L): which completion a token belongs to
+    prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
+    index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
+    position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
+    same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L)
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L): from, to
+    hidden = model.base_model(
+        input_ids=tokens, attention_mask=attend[:, None], position_ids=position_ids, use_cache=False
+    ).last_hidden_state  # (R, L, H)
+    scored = real & (offset >= 0)  # (R, L)
+    previous = torch.where(offset % T == 0, prompt_length - 1, index - 1)  # (R, L): a branch starts at the prompt's end
+    row = torch.arange(R, device=order.device)[:, None].expand_as(order)  # (R, L)
+    values = token_logprobs(model, hidden[row[scored], previous[scored]], tokens[scored], temperature)  # (N,)
+    return torch.zeros(R, K, T, device=values.device).masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def choose_logprobs_fn(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Callable:
+    """packed_logprobs where it agrees with the model's own logits, else padded_logprobs: a tree mask does not fit sliding
+    windows, for one, and they may differ only past the window."""
+    texts = [prompt[-12:] for prompt in (prompts * 6)[:6]]  # two queries with two responses each
+    query, query_mask = (x.to(model.device) for x in pad_sequences(texts[:2], pad_id, "left"))  # (2, L_q)
+    response, mask = (x.view(2, 2, -1).to(model.device) for x in pad_sequences(texts[2:], pad_id, "right"))  # (2, 2, T)
+    ids = torch.cat([query.repeat_interleave(2, 0), response.flatten(0, 1)], 1)  # (4, L_q + T)
+    attention_mask = torch.cat([query_mask.repeat_interleave(2, 0), mask.flatten(0, 1)], 1).long()  # (4, L_q + T)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids).logits.float()
+    expected = logits[:, query.shape[1] - 1 : -1].log_softmax(-1).gather(2, response.flatten(0, 1)[..., None]).view_as(mask)
+    for logprobs_fn in (packed_logprobs, padded_logprobs):
+        if logprobs_fn is packed_logprobs and getattr(model.config, "sliding_window", None) is not None:
+            continue
+        if (logprobs_fn(model, query, query_mask, response, mask, 1.0) - expected * mask).abs().max() < 1e-3:
+            return logprobs_fn
+    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after the head, which is not supported")
+
+
+def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
+    """Advantages (P, G): rewards (P, G) minus their group's mean; "group" divides by the group's standard deviation.
+
+    The standard deviation is the sample's (ddof 1) plus 1e-4, as in TRL. Equal rewards give exactly 0."""
+    advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
+    if scale_rewards == "group":
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # (P, 1)
+    return advantages.masked_fill(equal, 0.0)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    loss_type: Literal["grpo", "dapo", "dr_grpo"],
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    max_completion_length: int | None = None,
+    importance_sampling_level: Literal["token", "sequence"] = "token",
+    num_tokens: Tensor | float | None = None,
+    num_sequences: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's clipped surrogate, to be minimised. logprobs, old_logprobs, ref_logprobs, mask (B, T), advantages (B,).
+
+    num_tokens and num_sequences count the whole update (None: this batch is the whole): then the losses of its
+    micro-batches, in whatever split and on whatever process, add up to the loss of the whole, and so do the stats, which
+    are means over tokens. On-policy the ratio is 1 and the loss is minus the mean advantage, about 0: its gradient is not.
+
+    The KL penalty's gradient is that of the reverse KL(pi || pi_ref) of each token: ratio * (log pi - log pi_ref) * grad
+    log pi (Schulman's k2 with the ratio held constant; k1 or k3 differentiated would give another's). It takes no account
+    of a token's effect on later ones. It is not clamped."""
+    num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
+    num_sequences = len(mask) if num_sequences is None else num_sequences
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    if importance_sampling_level == "sequence":
+        ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(log_ratio)  # (B, T), GSPO eq. 7
+    else:
+        ratio = log_ratio.exp()  # (B, T)
+    advantages = advantages[:, None]  # (B, 1)
+    losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)  # (B, T)
+    if beta != 0.0:
+        log_ratio_ref = torch.where(mask, logprobs - ref_logprobs, 0.0)  # (B, T)
+        losses = losses + beta * log_ratio.detach().exp() * log_ratio_ref.square() / 2
+    losses = torch.where(mask, losses, 0.0)  # (B, T)
+    if loss_type == "dapo":
+        loss = losses.sum() / num_tokens  # DAPO, eq. 8
+    elif loss_type == "grpo":
+        loss = (losses / lengths).sum() / num_sequences  # GRPO, eq. 3
+    else:
+        loss = losses.sum() / (num_sequences * max_completion_length)  # Dr. GRPO, appendix C
+    with torch.no_grad():
+        low, high = (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+        stats = {
+            "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3 of the step from the rollout's policy
+            "clip_ratio/low_mean": low.float(),
+            "clip_ratio/high_mean": high.float(),
+            "clip_ratio/region_mean": (low | high).float(),
+        }
+        if beta != 0.0:
+            stats["kl"] = torch.exp(-log_ratio_ref) - 1 + log_ratio_ref
+        stats = {name: torch.where(mask, value, 0.0).sum() / num_tokens for name, value in stats.items()}
+    return loss, stats
+
+
+# ---- rollout, reward, evaluation --------------------------------------------------------------------------------------
+
+
+class BlockwiseLayer(DynamicLayer):
+    """One layer's KV cache, written in place into memory that grows by 64 positions, not copied whole at every token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self.blocks = (self.keys, self.values)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self.blocks[0].shape[-2] or self.blocks[0].shape[0] != self.keys.shape[0]:  # full, or rows have changed
+            room = [*self.keys.shape[:2], -(-end // 64) * 64]
+            self.blocks = tuple(old.new_empty(*room, old.shape[-1]) for old in (self.keys, self.values))
+            for block, old in zip(self.blocks, (self.keys, self.values)):
+                block[..., :start, :] = old
+        for block, new in zip(self.blocks, (key_states, value_states)):
+            block[..., start:end, :] = new
+        self.keys, self.values = (block[..., :end, :] for block in self.blocks)
+        return self.keys, self.values
+
+
+def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token (B,) from softmax(logits / temperature) by the inverse of its CDF at uniform (B,), and its log-probability
+    (B,) in fp32. Overwrites logits (B, V). Temperature 0 takes the argmax, with its log-probability at temperature 1."""
+    logits = logits.float().div_(temperature or 1.0)
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
+    cdf = probs.cumsum(1)  # (B, V)
+    if temperature == 0:
+        token = probs.argmax(1, keepdim=True)
+    else:
+        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    query: Tensor,
+    attention_mask: Tensor,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float,
+    stop_ids: list[int],
+    pad_id: int,
+    generator: torch.Generator,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """num_generations completions of each left-padded query (P, L_q), attention_mask (P, L_q): response, logprobs, mask,
+    each (P*G, T), rows grouped by prompt, T the longest response's length.
+
+    The distribution is softmax(logits / temperature), whatever generation config the model has. A response ends with the
+    first stop id, which counts, or at max_completion_length. The uniform numbers are drawn for the completions of all
+    processes and sliced by rank, so that the number of processes does not change the samples."""
+    training = model.training
+    model.eval()  # gradient checkpointing drops the KV cache in training mode
+    B = len(query) * num_generations
+    uniform = torch.rand(max_completion_length, world_size * B, generator=generator, device=generator.device)
+    uniform = uniform[:, rank * B : (rank + 1) * B].to(query.device)  # (T, B)
+    stop = torch.tensor(stop_ids, device=query.device)
+    response = query.new_full((B, max_completion_length), pad_id)
+    logprobs = torch.zeros(B, max_completion_length, device=query.device)
+    mask = torch.zeros(B, max_completion_length, dtype=torch.bool, device=query.device)
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [BlockwiseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (P, L_q)
+    logits = model(
+        input_ids=query, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1
+    ).logits[:, -1]  # (P, V): each prompt is read once
+    cache.batch_repeat_interleave(num_generations)
+    logits, attention_mask, position_ids = (
+        x.repeat_interleave(num_generations, 0) for x in (logits, attention_mask, position_ids[:, -1:])
+    )
+    rows = torch.arange(B, device=query.device)  # (b,): the rows of the output that are still in the batch
+    live = torch.ones_like(rows, dtype=torch.bool)  # (b,): and have not stopped
+    for t in range(max_completion_length):
+        token, logprob = sample_token(logits, uniform[t, rows], temperature)  # (b,), (b,)
+        response[rows, t] = torch.where(live, token, pad_id)
+        logprobs[rows, t] = torch.where(live, logprob, 0.0)
+        mask[rows, t] = live
+        live = live & ~torch.isin(token, stop)
+        num_live = int(live.sum())
+        if num_live == 0:
+            break
+        if num_live <= 0.75 * len(rows):  # stopped rows leave the batch, a quarter of it at a time
+            kept = live.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, live, token, attention_mask, position_ids = (
+                x[kept] for x in (rows, live, token, attention_mask, position_ids)
+            )
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        position_ids = position_ids + 1
+        logits = model(
+            input_ids=token[:, None], attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
+        ).logits[:, -1]  # (b, V)
+    model.train(training)
+    return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
+
+
+@torch.no_grad()
+def reward_model_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list[str], max_tokens: int
+) -> list[float]:
+    """The classifier's logit for each prompt with its completion, through the classifier's own tokenizer and template.
+    Texts longer than the classifier's context are cut at their end."""
+    texts = []
+    for prompt, completion in zip(prompts, completions):
+        if tokenizer.chat_template is None:
+            texts.append(prompt_text(prompt) + completion)
+        else:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            turns = [*turns, {"role": "assistant", "content": completion}]
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    special = tokenizer.chat_template is None  # a template has written the special tokens already
+    ids = tokenizer(texts, truncation=True, max_length=limit, add_special_tokens=special).input_ids
+    scores = torch.zeros(len(texts))
+    for batch in make_microbatches([len(sequence) for sequence in ids], max_tokens):
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
+        scores[batch] = model(**inputs).logits[:, 0].float().cpu()
+    return scores.tolist()
+
+
+def score_completions(
+    prompts: list,
+    completions: list[str],
+    answers: list[str | None],
+    reward_model: PreTrainedModel | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    max_tokens: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all rewards (B,), and each by name (B,), nan where it does not apply."""
+    scores = {}
+    for function, _ in REWARDS:
+        values = [function(prompt_text(p), c, a) for p, c, a in zip(prompts, completions, answers)]
+        for prompt, value in zip(prompts, values):
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                bad_input(f"{function.__name__} returned {value!r}, not a finite number, for prompt {prompt_text(prompt)!r}")
+        scores[function.__name__] = torch.tensor([math.nan if value is None else float(value) for value in values])
+    weights = [weight for _, weight in REWARDS]
+    if reward_model is not None:
+        values = reward_model_scores(reward_model, reward_tokenizer, prompts, completions, max_tokens)
+        scores["reward_model"] = torch.tensor(values)
+        weights.append(1.0)
+    table = torch.stack(list(scores.values()))  # (rewards, B)
+    used = table[[weight != 0 for weight in weights]]
+    if used.isnan().all(0).any():
+        prompt = prompts[int(used.isnan().all(0).nonzero()[0])]
+        bad_input(
+            f"no reward applies to prompt {prompt_text(prompt)!r}: give --dataset-name a column `answer` or `solution`, "
+            "or pass --reward-model-path"
+        )
+    return (torch.tensor(weights)[:, None] * table).nansum(0), scores
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel,
+    logprobs_fn: Callable,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: PreTrainedModel | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    examples: list[dict],
+    batch_size: int,
+    max_completion_length: int,
+    max_tokens: int,
+    stop_ids: list[int],
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> tuple[dict[str, float], str]:
+    """One completion for each held-out prompt, sampled at temperature 1 and greedily: metrics over all processes (the same
+    uniform numbers every time), and some of the sampled texts as a table."""
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, float] = {}
+    table = "| prompt | completion | reward |\n|---|---|---|\n"
+    for suffix, temperature in (("", 1.0), ("_greedy", 0.0)):
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
+            prompts, answers = [e["prompt"] for e in batch], [e["answer"] for e in batch]
+            query, query_mask = (
+                x.to(model.device) for x in pad_sequences([e["ids"] for e in batch], tokenizer.pad_token_id, "left")
+            )  # (P, L_q)
+            response, logprobs, mask = sample(
+                model, query, query_mask, 1, max_completion_length, temperature, stop_ids, tokenizer.pad_token_id,
+                generator, rank, world_size,
+            )  # (P, T)  # fmt: skip
+            completions = [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(response, mask)]
+            rewards, scores = score_completions(
+                prompts, completions, answers, reward_model, reward_tokenizer, max_tokens
+            )  # (P,)
+            values = {f"eval/reward{suffix}": rewards}
+            if answers[0] is not None:
+                values[f"eval/accuracy{suffix}"] = scores["accuracy_reward"]
+            if temperature == 1.0:
+                ref_logprobs = logprobs_fn(ref_model, query, query_mask, response[:, None], mask[:, None], 1.0)[:, 0]
+                values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # log pi / pi_ref of the whole response
+                values["eval/mean_length"] = mask.sum(1).float()
+                values["eval/format_reward"] = scores["format_reward"]
+                for prompt, completion, reward in list(zip(prompts, completions, rewards))[: 8 if start == 0 else 0]:
+                    cells = [prompt_text(prompt), completion, f"{reward:.2f}"]
+                    table += "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.double().sum().item()
+    totals = all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device=model.device))
+    return {name: total / len(examples) for name, total in zip(sums, totals.tolist())}, table
+
+
+# ---- saving, resuming, running ----------------------------------------------------------------------------------------
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Hugging Face layout, written aside and then renamed."""
+    aside = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Written aside, flushed to the disk, then renamed: neither a kill nor a full disk harms the last checkpoint."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
+    os.replace(aside, path)
+
+
+def load_run(args: Args) -> tuple[Args, dict]:
+    """The flags and the last checkpoint of the run folder --resume."""
+    folder = Path(args.resume)
+    if not (folder / "args.json").is_file() or not (folder / "checkpoint.pt").is_file():
+        bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
+    saved = json.loads((folder / "args.json").read_text())
+    if saved["script"] != Path(__file__).name:
+        bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
+    for name in (f.name for f in fields(Args) if f.name != "resume"):
+        if getattr(args, name) != getattr(Args(), name):
+            bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    return Args(**{**values, "resume": args.resume}), state
+
+
+def check_args(args: Args, world_size: int) -> None:
+    prompts, rest = divmod(args.generation_batch_size, args.num_generations)
+    if args.num_generations < 2:
+        bad_input("--num-generations must be at least 2: a completion is compared with its group")
+    if rest or prompts % world_size:
+        bad_input(
+            f"--generation-batch-size {args.generation_batch_size} is not a multiple of --num-generations "
+            f"{args.num_generations} x {world_size} processes"
+        )
+    for name in ("max_steps", "max_completion_length", "num_iterations", "save_steps", "eval_steps", "max_eval_samples",
+                 "max_tokens_per_microbatch", "temperature", "max_grad_norm"):  # fmt: skip
+        if getattr(args, name) <= 0:
+            bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        bad_input("--device cuda, but torch sees no CUDA device")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
+    # ---- set-up
+    start_time = time.time()
+    state = None
+    if args.resume is not None:
+        args, state = load_run(args)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_args(args, world_size)
+    on_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if world_size > 1:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    embedded = args.model_name_or_path is None
+    if embedded and state is None:
+        model, tokenizer = embedded_model(args.seed)
+    else:
+        initial = args.model_name_or_path or str(Path(args.resume) / "sft")
+        tokenizer = load_tokenizer(initial, "--model-name-or-path")
+        model = load_model(initial, "--model-name-or-path")
+    reward_model = reward_tokenizer = None
+    if args.reward_model_path is not None:
+        reward_tokenizer = load_tokenizer(args.reward_model_path, "--reward-model-path")
+        reward_model = load_model(args.reward_model_path, "--reward-model-path", AutoModelForSequenceClassification)
+        reward_model.to(device).eval()
+        if reward_model.config.num_labels != 1:
+            bad_input(f"--reward-model-path {args.reward_model_path} has {reward_model.config.num_labels} logits, not 1")
+
+    if args.dataset_name is None:
+        train_rows, test_rows = addition_rows(args.seed)
+    else:
+        train_rows, test_rows = load_rows(args)
+    examples = []
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    for number, row in enumerate(train_rows + test_rows[: args.max_eval_samples], 1):
+        prompt, answer = prompt_and_answer(row)
+        ids = encode_prompt(prompt, tokenizer)
+        if not prompt_text(prompt).strip() or not ids:
+            bad_input(f"--dataset-name: the prompt of row {number} is empty")
+        if len(ids) + args.max_completion_length > context:
+            bad_input(
+                f"--dataset-name: the prompt of row {number} has {len(ids)} tokens, which with --max-completion-length "
+                f"{args.max_completion_length} is more than the model's context of {context}"
+            )
+        examples.append({"prompt": prompt, "answer": answer, "ids": ids})
+    examples, test_examples = examples[: len(train_rows)], examples[len(train_rows) :]
+    if len(test_examples) % world_size:
+        bad_input(f"--max-eval-samples: {len(test_examples)} held-out rows are not a multiple of {world_size} processes")
+
+    run_time = all_reduce(torch.tensor(int(start_time) if rank == 0 else 0, device=device)).item()
+    task = Path(args.dataset_name).stem if args.dataset_name else "addition"
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
+    if embedded and state is None:
+        initial = str(run_dir / "sft")
+        if rank == 0:
+            supervised_phase(model, tokenizer, train_rows, args.sft_steps, args.seed)
+            save_model(run_dir / "sft", model, tokenizer)
+        all_reduce(torch.zeros(1, device=device))  # the others wait for the file
+        model = load_model(initial, "--model-name-or-path")
+    model.to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ref_model = load_model(initial, "--model-name-or-path").to(device).eval() if args.beta != 0.0 else None
+    generation_eos = model.generation_config.eos_token_id
+    stop_ids = {*args.stop_token_ids, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    stop_ids.update(generation_eos if isinstance(generation_eos, list) else [generation_eos])
+    stop_ids = sorted(stop_ids - {None})
+    peak_lr = args.learning_rate or (3e-4 if embedded else 1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=args.weight_decay, fused=True)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    logprobs_fn = choose_logprobs_fn(model, [e["ids"] for e in test_examples], tokenizer.pad_token_id)
+    if logprobs_fn is padded_logprobs and rank == 0:
+        print("this architecture does not take a tree mask: completions are padded instead of packed, which is slower")
+
+    metrics: dict[str, float] = {}
+    first_step, num_tokens, seconds_before = 0, 0, 0.0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        metrics, first_step, num_tokens, seconds_before = (state[k] for k in ("metrics", "step", "num_tokens", "seconds"))
+    writer = None
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}, indent=2))
+        writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+
+    def run_evaluation(step: int) -> dict[str, float]:
+        reference = ref_model or load_model(initial, "--model-name-or-path").to(device).eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            results, table = evaluate(
+                model, reference, logprobs_fn, tokenizer, reward_model, reward_tokenizer, test_examples,
+                args.generation_batch_size, args.max_completion_length, args.max_tokens_per_microbatch, stop_ids,
+                args.seed, rank, world_size,
+            )  # fmt: skip
+        if rank == 0:
+            for name, value in results.items():
+                writer.add_scalar(name, value, step)
+            writer.add_text("samples", table, step)
+        return results
+
+    def save(path: Path, step: int) -> None:
+        if rank == 0:
+            seconds = seconds_before + time.time() - start_time
+            save_checkpoint(path, {
+                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(), "metrics": metrics, "num_tokens": num_tokens, "seconds": seconds,
+            })  # fmt: skip
+
+    if state is None:
+        metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
+
+    interrupted = []
+    old_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # Ctrl-C ends after the step
+    G, P = args.num_generations, args.generation_batch_size // args.num_generations
+    optimizer_steps = args.max_steps * args.num_iterations
+    bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
+    for step in bar:
+        step_start = time.time()
+        # ---- rollout
+        batch = [examples[i] for i in data_order(step * P, P, len(examples), args.seed)]
+        batch = batch[rank * P // world_size : (rank + 1) * P // world_size]
+        query, query_mask = pad_sequences([e["ids"] for e in batch], tokenizer.pad_token_id, "left")
+        query, query_mask = query.to(device), query_mask.to(device)  # (P, L_q)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            response, old_logprobs, mask = sample(
+                model, query, query_mask, G, args.max_completion_length, args.temperature, stop_ids,
+                tokenizer.pad_token_id, generator, rank, world_size,
+            )  # (P*G, T)  # fmt: skip
+        completions = [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(response, mask)]
+        stopped = (torch.isin(response, torch.tensor(stop_ids, device=device)) & mask).any(1)  # (P*G,)
+
+        # ---- reward
+        rewards, scores = score_completions(
+            [e["prompt"] for e in batch for _ in range(G)], completions, [e["answer"] for e in batch for _ in range(G)],
+            reward_model, reward_tokenizer, args.max_tokens_per_microbatch,
+        )  # (P*G,)  # fmt: skip
+
+        # ---- advantage
+        grouped = rewards.view(-1, G)  # (P, G)
+        advantages = group_advantages(grouped, args.scale_rewards).to(device)  # (P, G)
+        counted = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
+        lengths = mask.sum(1).cpu()  # (P*G,)
+        sums = {
+            "tokens": lengths.sum(), "counted": counted.sum(), "truncated": (~stopped).sum(), "logprobs": old_logprobs.sum(),
+            "reward": rewards.sum(), "squares": rewards.square().sum(), "equal": (grouped.amax(1) == grouped.amin(1)).sum(),
+            "interrupted": torch.tensor(len(interrupted)),
+        }  # fmt: skip
+        for name, values in scores.items():
+            sums[name], sums[f"{name}/n"] = values.nansum(), (~values.isnan()).sum()
+        totals = all_reduce(torch.tensor([float(x) for x in sums.values()], dtype=torch.float64, device=device))
+        sums = dict(zip(sums, totals.tolist()))
+
+        # ---- update
+        kept = advantages.any(1) if args.beta == 0.0 else torch.ones(len(advantages), dtype=torch.bool, device=device)
+        # A row of the update is a tree: a prompt with K of its completions, all G unless those exceed a micro-batch.
+        tree_tokens = {K: query_mask.sum(1, keepdim=True).cpu() + lengths.view(-1, G // K, K).sum(2)
+                       for K in range(G, 0, -1) if G % K == 0 and (logprobs_fn is packed_logprobs or K == 1)}  # fmt: skip
+        K = next((K for K, n in tree_tokens.items() if n.max() <= args.max_tokens_per_microbatch), 1)
+        trees = [x[kept].repeat_interleave(G // K, 0) for x in (query, query_mask)]  # (R, L_q)
+        trees += [x.view(-1, G, x.shape[1])[kept].view(-1, K, x.shape[1]) for x in (response, mask, counted, old_logprobs)]
+        trees += [advantages[kept].view(-1, K)]  # (R, K)
+        microbatches = []
+        for rows in make_microbatches(tree_tokens[K][kept.cpu()].flatten().tolist(), args.max_tokens_per_microbatch):
+            mb_query, mb_query_mask, *mb_rest = (x[rows] for x in trees)
+            longest = int(mb_rest[1].sum(2).max())
+            inputs = (mb_query, mb_query_mask, mb_rest[0][..., :longest], mb_rest[1][..., :longest], args.temperature)
+            mb_ref_logprobs = None
+            if ref_model is not None:
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                    mb_ref_logprobs = logprobs_fn(ref_model, *inputs).flatten(0, 1)  # (R*K, T)
+            mb_counted, mb_old_logprobs = (x[..., :longest].flatten(0, 1) for x in mb_rest[2:4])  # (R*K, T)
+            microbatches.append((inputs, mb_counted, mb_old_logprobs, mb_rest[4].flatten(), mb_ref_logprobs))
+
+        stats: dict[str, Tensor] = {}
+        logprob_difference = torch.zeros((), device=device)
+        for iteration in range(args.num_iterations):
+            optimizer_step = step * args.num_iterations + iteration
+            lr = peak_lr * lr_factor(
+                optimizer_step, optimizer_steps, args.warmup_steps, args.lr_scheduler_type, args.min_lr_rate
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            model.train()
+            for inputs, mb_counted, mb_old_logprobs, mb_advantages, mb_ref_logprobs in microbatches:
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                    mb_logprobs = logprobs_fn(model, *inputs).flatten(0, 1)  # (R*K, T)
+                loss, mb_stats = grpo_loss(
+                    mb_logprobs, mb_old_logprobs, mb_advantages, mb_counted, args.epsilon, args.epsilon_high,
+                    args.loss_type, mb_ref_logprobs, args.beta, args.max_completion_length,
+                    args.importance_sampling_level, max(1.0, sums["counted"]), float(P * G),
+                )  # fmt: skip
+                loss.backward()
+                for name, value in {"loss": loss.detach(), **mb_stats}.items():
+                    stats[name] = stats.get(name, 0.0) + value / args.num_iterations
+                if iteration == 0:
+                    difference = (mb_logprobs.detach() - mb_old_logprobs).abs().max()
+                    logprob_difference = torch.maximum(logprob_difference, difference)
+            for parameter in model.parameters():  # data parallel by hand: ranks may have different numbers of micro-batches
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                all_reduce(parameter.grad)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if not grad_norm.isfinite():
+                save(run_dir / "nonfinite.pt", step)
+                bad_input(f"the gradient of step {step + 1} is not finite; the state before it is in {run_dir}/nonfinite.pt")
+            optimizer.step()
+
+        # ---- log
+        names = ["loss", "policy/approxkl_avg", *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region"))]
+        names += ["kl"] * (args.beta != 0.0)
+        totals = all_reduce(torch.stack([torch.as_tensor(stats.get(name, 0.0), device=device) for name in names]))
+        if dist.is_initialized():
+            dist.all_reduce(logprob_difference, dist.ReduceOp.MAX)
+        num_tokens += int(sums["tokens"])
+        reward = sums["reward"] / (P * G)
+        logs = {f"train/{name}": total for name, total in zip(names, totals.tolist())}
+        logs |= {f"train/rewards/{name}/mean": sums[name] / sums[f"{name}/n"] for name in scores if sums[f"{name}/n"]}
+        logs |= {
+            "train/reward": reward,
+            "train/reward_std": max(0.0, sums["squares"] / (P * G) - reward**2) ** 0.5,
+            "train/frac_reward_zero_std": sums["equal"] / P,
+            "train/entropy": -sums["logprobs"] / sums["tokens"],  # unbiased: the tokens are the policy's own samples
+            "train/completions/mean_length": sums["tokens"] / (P * G),
+            "train/completions/clipped_ratio": sums["truncated"] / (P * G),
+            "train/sampling/sampling_logp_difference/max": logprob_difference.item(),
+            "train/grad_norm": grad_norm.item(),
+            "train/num_tokens": num_tokens,
+            "charts/learning_rate": lr,
+            "charts/SPS": sums["tokens"] / (time.time() - step_start),
+        }
+        if rank == 0:
+            for name, value in logs.items():
+                writer.add_scalar(name, value, step + 1)
+        bar.set_postfix_str(f"reward {reward:.2f}, length {logs['train/completions/mean_length']:.1f}")
+
+        # ---- save
+        done = step + 1
+        if done % args.eval_steps == 0 and done < args.max_steps:
+            run_evaluation(done)
+        if done % args.save_steps == 0 or done == args.max_steps or sums["interrupted"]:
+            save(run_dir / "checkpoint.pt", done)
+        if sums["interrupted"]:
+            break
+
+    signal.signal(signal.SIGINT, old_handler)
+    if rank == 0:
+        save_model(run_dir / "model", model, tokenizer)
+    if interrupted:
+        print(f"stopped by Ctrl-C after step {done}; go on with --resume {run_dir}")
+        raise SystemExit(130)
+    metrics |= run_evaluation(args.max_steps)
+    metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
+    if rank == 0:
+        (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
+        writer.close()
+        for name in sorted(name for name in metrics if f"{name}_before" in metrics):
+            print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        print(run_dir)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return metrics
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
