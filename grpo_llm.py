@@ -1,41 +1,34 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "datasets==5.2.0",
-#     "tqdm==4.70.1",
+#     "torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0", "tqdm==4.70.1",
 # ]
 # ///
 """GRPO: train a language model by reinforcement learning with verifiable rewards.
 
 For each prompt q the policy writes G completions o_1..o_G, a Python function scores each, and the mean score of the
-group is the baseline of its members: no value network. The update raises the probability of what scored above its
-group, within a clipped trust region. No KL penalty by default (DAPO): no reference model is loaded.
+group is its members' baseline: there is no value network. The update raises the probability of what scored above its
+group, within a clipped trust region. There is no KL penalty by default (DAPO), and then no reference model is loaded.
 
     J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
-    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t),  A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
+    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t),   A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
 
-GRPO: Shao et al. 2024 (arXiv:2402.03300). N = all response tokens, clip-higher: DAPO, Yu et al. 2025 (arXiv:2503.14476).
-No division by std or by the length: Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783). With one optimizer step a rollout
-(rho = 1, nothing is clipped) and `--scale-rewards none` the gradient is REINFORCE with the group's mean as the baseline,
-which contains the sample itself: (G-1)/G times the gradient with the leave-one-out baseline (RLOO), in expectation the
-policy gradient times (G-1)/G.
+GRPO: Shao et al. 2024 (arXiv:2402.03300). N = all response tokens, eps_high > eps_low: DAPO, Yu et al. 2025
+(arXiv:2503.14476). No std, no 1/|o|: Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783). With one optimizer step a rollout
+(rho = 1, nothing is clipped) and `--scale-rewards none` the gradient is REINFORCE with the group's mean as the baseline;
+as that mean contains the sample itself, it is (G-1)/G times the gradient with the leave-one-out baseline (RLOO).
 
-    python grpo_llm.py                                  # laptop: a tiny model learns to show its work; no network
+    python grpo_llm.py                             # laptop, no network: a tiny model learns to show its work
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
-        --dataset-config main --max-completion-length 512 --max-steps 500          # one GPU
-    torchrun --nproc-per-node=8 grpo_llm.py ...         # several GPUs: the same global batch, split by prompts
-    python grpo_llm.py --resume runs/<run folder>       # goes on exactly where the last checkpoint stood
+        --dataset-config main --max-completion-length 512 --max-steps 500      # one GPU
+    torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, its prompts split over them
+    python grpo_llm.py --resume runs/<run folder>  # goes on exactly where the last checkpoint stood
 
 Shapes: P prompts, G completions a prompt, B = P*G sequences, L_q query tokens, T response tokens, L packed tokens,
-V vocabulary. `logprobs[:, t]` scores `response[:, t]`. `mask` is True where a response token counts; the first stop token
-does, what follows does not.
+R packed rows of K completions, H hidden, V vocabulary. `logprobs[:, t]` scores `response[:, t]`. `mask` is bool and True
+where a response token counts: up to and including the first stop token.
 
-Deliberately not here: inference servers (vLLM, SGLang), LoRA, tools and several turns, images, sharded parameters.
-Use TRL, verl or OpenRLHF for those.
+Deliberately not here: inference servers, LoRA, several turns and tools, images, sharded weights. TRL and verl have them.
 """
 
 import json
@@ -49,6 +42,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -61,18 +55,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm, trange
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DynamicCache,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from tqdm import trange
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
 
@@ -174,28 +159,30 @@ def bad_input(message: str) -> NoReturn:
 # reward(prompt, completion, answer) -> float, or None where it does not apply. `answer` is None for data without answers.
 
 NUMBER = r"(?:(?<![\d.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-MARKED_ANSWER = re.compile(rf"(?:####|\\boxed\{{|=)\s*\$?\s*({NUMBER})")
+ANSWER = re.compile(rf"(?:####|\\boxed\{{)\s*\\?\$?\s*({NUMBER})")
+SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
 
 def extract_number(text: str) -> float | None:
-    """The last number marked as the answer (`#### N`, `\\boxed{N}`, `= N`), else the last number, else None."""
-    found = MARKED_ANSWER.findall(text) or re.findall(NUMBER, text)
+    """The last number marked as the answer (`#### N` or `\\boxed{N}`), else the last number, else None."""
+    found = ANSWER.findall(text) or re.findall(NUMBER, text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
+    """A prompt as one text, for the reward functions and for models without a chat template."""
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number equals the answer's (GSM8K's answers end in `#### N`), else 0."""
-    return None if answer is None else float(extract_number(completion) == extract_number(answer))
+    """1 if the completion's final number is the answer's (GSM8K's answers end in `#### N`), else 0."""
+    expected = None if answer is None else extract_number(answer)
+    return None if expected is None else float(extract_number(completion) == expected)
 
 
 def format_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion shows work and then a marked final answer, else 0."""
-    marked = MARKED_ANSWER.search(completion)
-    return float(marked is not None and completion[: marked.start()].strip() != "")
+    """1 if the completion shows work before a result that is marked by `####`, `\\boxed{` or `=`, else 0."""
+    return float(SHOWN_WORK.match(completion.strip()) is not None)
 
 
 REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # each with its weight in the sum; a weight of 0 is only logged
@@ -221,6 +208,7 @@ def demonstrate(row: dict, rng: random.Random) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file; `datasets` would not name the line that is broken."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -236,7 +224,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows of --dataset-name. JSON Lines are read here, to name the line that is broken."""
+    """Training and held-out rows of --dataset-name."""
     path = Path(args.dataset_name)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
     if files and all(file.is_file() for file in files):
@@ -281,6 +269,21 @@ def encode_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) 
         return tokenizer(prompt_text(prompt)).input_ids
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, room: float) -> list[dict]:
+    """Examples {prompt, answer, ids} of rows, whose prompts must leave room for a completion in the model's context."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        prompt, answer = prompt_and_answer(row)
+        ids = encode_prompt(prompt, tokenizer)
+        if not prompt_text(prompt).strip() or not ids:
+            bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
+        if len(ids) > room:
+            bad_input(f"--dataset-name: the prompt of {split} row {number} has {len(ids)} tokens, but the model's context "
+                      f"less --max-completion-length has room for {room}")
+        examples.append({"prompt": prompt, "answer": answer, "ids": ids})
+    return examples
 
 
 def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -404,8 +407,8 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, tempe
         return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
 
     size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    parts = zip(hidden.split(size), target.split(size))
-    return torch.cat([checkpoint(chunk_logprobs, *part, use_reentrant=False) for part in parts])
+    chunks = zip(hidden.split(size), target.split(size))
+    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def response_logprobs(
@@ -422,63 +425,45 @@ def response_logprobs(
     return token_logprobs(model, hidden.flatten(0, 1), target.flatten(), temperature).view_as(target)
 
 
-def padded_logprobs(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
-    """packed_logprobs by a plain forward pass over K padded copies of the prompt: for every architecture, slower."""
-    R, K, T = response.shape
-    query_response = torch.cat([query.repeat_interleave(K, 0), response.flatten(0, 1)], 1)  # (R*K, L_q + T)
-    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask.flatten(0, 1)], 1)  # (R*K, L_q + T)
-    return response_logprobs(model, query_response, attention_mask, T, temperature).view(R, K, T) * mask
-
-
 def packed_logprobs(
     model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
 ) -> Tensor:
     """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False.
 
-    A row holds a prompt once, then its K completions, without padding between them: a tree, in which a completion's token
-    attends to the prompt and to its own completion. Position ids go on from the prompt's end in every branch."""
+    A row holds its prompt once, then the K completions, without padding between them: a tree, in which a completion's
+    token attends to the prompt and to its own completion, and position ids go on from the prompt's end in every branch."""
     R, K, T = response.shape
-    kept = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
-    order = (~kept).byte().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]  # (R, L): real tokens first
+    real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
+    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
-    real = kept.gather(1, order)  # (R, L)
-    offset = order - query.shape[1]  # (R, L): index into the K*T response positions, negative in the prompt
-    branch = torch.where(offset < 0, -1, offset // T)  # (R, L): which completion a token belongs to
-    prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
+    real = real.gather(1, order)  # (R, L)
+    offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
+    branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
     index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
+    prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
     position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
-    same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L)
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L): from, to
+    same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
     hidden = model.base_model(
         input_ids=tokens, attention_mask=attend[:, None], position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (R, L, H)
     scored = real & (offset >= 0)  # (R, L)
-    previous = torch.where(offset % T == 0, prompt_length - 1, index - 1)  # (R, L): a branch starts at the prompt's end
+    before = torch.where(offset % T == 0, prompt_length - 1, index - 1)  # (R, L): a branch starts at the prompt's end
     row = torch.arange(R, device=order.device)[:, None].expand_as(order)  # (R, L)
-    values = token_logprobs(model, hidden[row[scored], previous[scored]], tokens[scored], temperature)  # (N,)
+    values = token_logprobs(model, hidden[row[scored], before[scored]], tokens[scored], temperature)  # (N,)
     return torch.zeros(R, K, T, device=values.device).masked_scatter(mask, values)
 
 
-@torch.no_grad()
-def choose_logprobs_fn(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Callable:
-    """packed_logprobs where it agrees with the model's own logits, else padded_logprobs: a tree mask does not fit sliding
-    windows, for one, and they may differ only past the window."""
-    texts = [prompt[-12:] for prompt in (prompts * 6)[:6]]  # two queries with two responses each
-    query, query_mask = (x.to(model.device) for x in pad_sequences(texts[:2], pad_id, "left"))  # (2, L_q)
-    response, mask = (x.view(2, 2, -1).to(model.device) for x in pad_sequences(texts[2:], pad_id, "right"))  # (2, 2, T)
-    ids = torch.cat([query.repeat_interleave(2, 0), response.flatten(0, 1)], 1)  # (4, L_q + T)
-    attention_mask = torch.cat([query_mask.repeat_interleave(2, 0), mask.flatten(0, 1)], 1).long()  # (4, L_q + T)
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids).logits.float()
-    expected = logits[:, query.shape[1] - 1 : -1].log_softmax(-1).gather(2, response.flatten(0, 1)[..., None]).view_as(mask)
-    for logprobs_fn in (packed_logprobs, padded_logprobs):
-        if logprobs_fn is packed_logprobs and getattr(model.config, "sliding_window", None) is not None:
-            continue
-        if (logprobs_fn(model, query, query_mask, response, mask, 1.0) - expected * mask).abs().max() < 1e-3:
-            return logprobs_fn
-    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after the head, which is not supported")
+def padded_logprobs(
+    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+) -> Tensor:
+    """packed_logprobs for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
+    R, K, T = response.shape
+    longest = int(mask.sum(2).max())
+    parts = [x.repeat_interleave(K, 0) for x in (query, query_mask)], [x.flatten(0, 1)[:, :longest] for x in (response, mask)]
+    query_response, attention_mask = (torch.cat(pair, 1) for pair in zip(*parts))  # (R*K, L_q + longest)
+    logprobs = response_logprobs(model, query_response, attention_mask, longest, temperature)  # (R*K, longest)
+    return F.pad(logprobs, (0, T - longest)).view(R, K, T) * mask
 
 
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
@@ -493,37 +478,27 @@ def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -
 
 
 def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    epsilon_low: float,
-    epsilon_high: float,
-    loss_type: Literal["grpo", "dapo", "dr_grpo"],
-    ref_logprobs: Tensor | None = None,
-    beta: float = 0.0,
-    max_completion_length: int | None = None,
-    importance_sampling_level: Literal["token", "sequence"] = "token",
-    num_tokens: Tensor | float | None = None,
-    num_sequences: Tensor | float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, epsilon_low: float, epsilon_high: float,
+    loss_type: Literal["grpo", "dapo", "dr_grpo"], ref_logprobs: Tensor | None = None, beta: float = 0.0,
+    max_completion_length: int | None = None, importance_sampling_level: Literal["token", "sequence"] = "token",
+    num_tokens: float | None = None, num_sequences: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's clipped surrogate, to be minimised. logprobs, old_logprobs, ref_logprobs, mask (B, T), advantages (B,).
+    """GRPO's clipped surrogate, to be minimised. logprobs, old_logprobs, ref_logprobs and mask (B, T), advantages (B,).
 
-    num_tokens and num_sequences count the whole update (None: this batch is the whole): then the losses of its
-    micro-batches, in whatever split and on whatever process, add up to the loss of the whole, and so do the stats, which
-    are means over tokens. On-policy the ratio is 1 and the loss is minus the mean advantage, about 0: its gradient is not.
+    num_tokens and num_sequences count the whole update (None: this batch is the whole). Then the losses of its
+    micro-batches, however split and on whatever process, add up to the loss of the whole, and so do the stats, which are
+    means over tokens. On-policy the ratio is 1 and the loss is minus the mean advantage, about 0; its gradient is not.
 
-    The KL penalty's gradient is that of the reverse KL(pi || pi_ref) of each token: ratio * (log pi - log pi_ref) * grad
-    log pi (Schulman's k2 with the ratio held constant; k1 or k3 differentiated would give another's). It takes no account
-    of a token's effect on later ones. It is not clamped."""
+    The KL term's gradient is that of each token's reverse KL(pi || pi_ref), also off-policy: ratio * log(pi / pi_ref) *
+    grad log pi (Schulman's k2 times the ratio held constant; k1 or k3 differentiated as they are give another one's). It
+    ignores a token's effect on later ones (a KL in the reward does not), and it is not clamped."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
+    ratio = log_ratio.exp()  # (B, T)
     if importance_sampling_level == "sequence":
         ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(log_ratio)  # (B, T), GSPO eq. 7
-    else:
-        ratio = log_ratio.exp()  # (B, T)
     advantages = advantages[:, None]  # (B, 1)
     losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)  # (B, T)
     if beta != 0.0:
@@ -539,13 +514,13 @@ def grpo_loss(
     with torch.no_grad():
         low, high = (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
         stats = {
-            "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3 of the step from the rollout's policy
+            "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3: how far the policy is from the rollout's
             "clip_ratio/low_mean": low.float(),
             "clip_ratio/high_mean": high.float(),
             "clip_ratio/region_mean": (low | high).float(),
         }
         if beta != 0.0:
-            stats["kl"] = torch.exp(-log_ratio_ref) - 1 + log_ratio_ref
+            stats["kl"] = torch.exp(-log_ratio_ref) - 1 + log_ratio_ref  # k3, as TRL logs it
         stats = {name: torch.where(mask, value, 0.0).sum() / num_tokens for name, value in stats.items()}
     return loss, stats
 
@@ -589,17 +564,8 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[T
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
-    query: Tensor,
-    attention_mask: Tensor,
-    num_generations: int,
-    max_completion_length: int,
-    temperature: float,
-    stop_ids: list[int],
-    pad_id: int,
-    generator: torch.Generator,
-    rank: int = 0,
-    world_size: int = 1,
+    model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
+    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0, world_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """num_generations completions of each left-padded query (P, L_q), attention_mask (P, L_q): response, logprobs, mask,
     each (P*G, T), rows grouped by prompt, T the longest response's length.
@@ -654,6 +620,31 @@ def sample(
 
 
 @torch.no_grad()
+def choose_logprobs_fn(
+    model: PreTrainedModel, query: Tensor, query_mask: Tensor, stop_ids: list[int], pad_id: int
+) -> Callable:
+    """packed_logprobs where it agrees with the sampler to 1e-3, else padded_logprobs. A tree mask does not fit sliding
+    windows, and the two may differ only past the window: such models are padded unseen."""
+    response, logprobs, mask = sample(model, query, query_mask, 2, 16, 1.0, stop_ids, pad_id, torch.Generator())
+    response, logprobs, mask = (x.view(len(query), 2, -1) for x in (response, logprobs, mask))  # (P, 2, T)
+    sliding = getattr(model.config, "sliding_window", None) is not None
+    for logprobs_fn in (packed_logprobs, padded_logprobs)[sliding:]:
+        if (logprobs_fn(model, query, query_mask, response, mask, 1.0) - logprobs).abs().max() < 1e-3:
+            return logprobs_fn
+    bad_input(f"--model-name-or-path: {type(model).__name__} does more to its logits than apply its head: not supported")
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor, mask: Tensor) -> list[str]:
+    """Texts of the responses (P*G, T), decoded after their queries (P, L_q): alone, some tokenizers drop a first space."""
+    prefixes = [tokenizer.decode(ids, skip_special_tokens=True) for ids in query]
+    G = len(response) // len(query)
+    return [
+        tokenizer.decode(torch.cat([query[i // G], response[i][mask[i]]]), skip_special_tokens=True)[len(prefixes[i // G]) :]
+        for i in range(len(response))
+    ]
+
+
+@torch.no_grad()
 def reward_model_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list[str], max_tokens: int
 ) -> list[float]:
@@ -678,12 +669,8 @@ def reward_model_scores(
 
 
 def score_completions(
-    prompts: list,
-    completions: list[str],
-    answers: list[str | None],
-    reward_model: PreTrainedModel | None,
-    reward_tokenizer: PreTrainedTokenizerBase | None,
-    max_tokens: int,
+    prompts: list, completions: list[str], answers: list, reward_model: PreTrainedModel | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None, max_tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all rewards (B,), and each by name (B,), nan where it does not apply."""
     scores = {}
@@ -709,25 +696,12 @@ def score_completions(
     return (torch.tensor(weights)[:, None] * table).nansum(0), scores
 
 
-@torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
-    ref_model: PreTrainedModel,
-    logprobs_fn: Callable,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_model: PreTrainedModel | None,
-    reward_tokenizer: PreTrainedTokenizerBase | None,
-    examples: list[dict],
-    batch_size: int,
-    max_completion_length: int,
-    max_tokens: int,
-    stop_ids: list[int],
-    seed: int,
-    rank: int,
-    world_size: int,
+    rollout: Callable, score: Callable, logprobs_fn: Callable, ref_model: PreTrainedModel, examples: list[dict],
+    batch_size: int, seed: int, rank: int, world_size: int,
 ) -> tuple[dict[str, float], str]:
-    """One completion for each held-out prompt, sampled at temperature 1 and greedily: metrics over all processes (the same
-    uniform numbers every time), and some of the sampled texts as a table."""
+    """Metrics over all processes of one completion for each held-out prompt, sampled at temperature 1 (from the same
+    uniform numbers every time) and greedy; and some of the sampled texts as a table."""
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, float] = {}
     table = "| prompt | completion | reward |\n|---|---|---|\n"
@@ -735,42 +709,33 @@ def evaluate(
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-            prompts, answers = [e["prompt"] for e in batch], [e["answer"] for e in batch]
-            query, query_mask = (
-                x.to(model.device) for x in pad_sequences([e["ids"] for e in batch], tokenizer.pad_token_id, "left")
-            )  # (P, L_q)
-            response, logprobs, mask = sample(
-                model, query, query_mask, 1, max_completion_length, temperature, stop_ids, tokenizer.pad_token_id,
-                generator, rank, world_size,
-            )  # (P, T)  # fmt: skip
-            completions = [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(response, mask)]
-            rewards, scores = score_completions(
-                prompts, completions, answers, reward_model, reward_tokenizer, max_tokens
-            )  # (P,)
+            query, query_mask, response, logprobs, mask, completions = rollout(batch, 1, temperature, generator)
+            rewards, scores = score(batch, completions, 1)  # (P,), {name: (P,)}
             values = {f"eval/reward{suffix}": rewards}
-            if answers[0] is not None:
-                values[f"eval/accuracy{suffix}"] = scores["accuracy_reward"]
+            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": score for name, score in scores.items()}
             if temperature == 1.0:
-                ref_logprobs = logprobs_fn(ref_model, query, query_mask, response[:, None], mask[:, None], 1.0)[:, 0]
-                values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # log pi / pi_ref of the whole response
+                with torch.no_grad():
+                    ref_logprobs = logprobs_fn(ref_model, query, query_mask, response[:, None], mask[:, None], 1.0)[:, 0]
+                values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # (P,): log pi / pi_ref of whole responses, in nats
                 values["eval/mean_length"] = mask.sum(1).float()
-                values["eval/format_reward"] = scores["format_reward"]
-                for prompt, completion, reward in list(zip(prompts, completions, rewards))[: 8 if start == 0 else 0]:
-                    cells = [prompt_text(prompt), completion, f"{reward:.2f}"]
+                for example, completion, reward in list(zip(batch, completions, rewards))[: 8 if start == 0 else 0]:
+                    cells = [prompt_text(example["prompt"]), completion, f"{reward:.2f}"]
                     table += "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value.double().sum().item()
-    totals = all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device=model.device))
-    return {name: total / len(examples) for name, total in zip(sums, totals.tolist())}, table
+                sums[name] = sums.get(name, 0.0) + value.nansum().item()
+                sums[f"{name}/n"] = sums.get(f"{name}/n", 0) + int((~value.isnan()).sum())
+    totals = all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device=ref_model.device))
+    sums = dict(zip(sums, totals.tolist()))
+    return {name: total / sums[f"{name}/n"] for name, total in sums.items() if sums.get(f"{name}/n")}, table
 
 
 # ---- saving, resuming, running ----------------------------------------------------------------------------------------
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over all processes, in place."""
+def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """Sum (or maximum) over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     return tensor
 
 
@@ -809,7 +774,10 @@ def load_run(args: Args) -> tuple[Args, dict]:
         if getattr(args, name) != getattr(Args(), name):
             bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises one of many kinds
+        bad_input(f"--resume {folder}: checkpoint.pt cannot be read ({error})")
     return Args(**{**values, "resume": args.resume}), state
 
 
@@ -835,8 +803,7 @@ def check_args(args: Args, world_size: int) -> None:
 def main(args: Args) -> dict[str, float]:
     """Train, and return the final metrics, which are also in <run folder>/summary.json."""
     # ---- set-up
-    start_time = time.time()
-    state = None
+    start_time, state = time.time(), None
     if args.resume is not None:
         args, state = load_run(args)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -847,7 +814,9 @@ def main(args: Args) -> dict[str, float]:
         dist.init_process_group("nccl" if on_cuda else "gloo")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
 
+    # ---- model and data: whatever is wrong with them is said before anything is written
     embedded = args.model_name_or_path is None
     if embedded and state is None:
         model, tokenizer = embedded_model(args.seed)
@@ -859,57 +828,37 @@ def main(args: Args) -> dict[str, float]:
     if args.reward_model_path is not None:
         reward_tokenizer = load_tokenizer(args.reward_model_path, "--reward-model-path")
         reward_model = load_model(args.reward_model_path, "--reward-model-path", AutoModelForSequenceClassification)
-        reward_model.to(device).eval()
+        reward_model.to(device)
         if reward_model.config.num_labels != 1:
             bad_input(f"--reward-model-path {args.reward_model_path} has {reward_model.config.num_labels} logits, not 1")
-
-    if args.dataset_name is None:
-        train_rows, test_rows = addition_rows(args.seed)
-    else:
-        train_rows, test_rows = load_rows(args)
-    examples = []
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    for number, row in enumerate(train_rows + test_rows[: args.max_eval_samples], 1):
-        prompt, answer = prompt_and_answer(row)
-        ids = encode_prompt(prompt, tokenizer)
-        if not prompt_text(prompt).strip() or not ids:
-            bad_input(f"--dataset-name: the prompt of row {number} is empty")
-        if len(ids) + args.max_completion_length > context:
-            bad_input(
-                f"--dataset-name: the prompt of row {number} has {len(ids)} tokens, which with --max-completion-length "
-                f"{args.max_completion_length} is more than the model's context of {context}"
-            )
-        examples.append({"prompt": prompt, "answer": answer, "ids": ids})
-    examples, test_examples = examples[: len(train_rows)], examples[len(train_rows) :]
+    train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
+    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_completion_length
+    examples = encode_rows(train_rows, "training", tokenizer, room)
+    test_examples = encode_rows(test_rows[: args.max_eval_samples], "held-out", tokenizer, room)
     if len(test_examples) % world_size:
         bad_input(f"--max-eval-samples: {len(test_examples)} held-out rows are not a multiple of {world_size} processes")
 
-    run_time = all_reduce(torch.tensor(int(start_time) if rank == 0 else 0, device=device)).item()
+    # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
+    run_time = int(all_reduce(torch.tensor(start_time if rank == 0 else 0.0, dtype=torch.float64, device=device)))
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
     if embedded and state is None:
         initial = str(run_dir / "sft")
         if rank == 0:
             supervised_phase(model, tokenizer, train_rows, args.sft_steps, args.seed)
             save_model(run_dir / "sft", model, tokenizer)
-        all_reduce(torch.zeros(1, device=device))  # the others wait for the file
+        all_reduce(torch.zeros(1, device=device))  # the other processes wait for the file
         model = load_model(initial, "--model-name-or-path")
     model.to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ref_model = load_model(initial, "--model-name-or-path").to(device).eval() if args.beta != 0.0 else None
-    generation_eos = model.generation_config.eos_token_id
-    stop_ids = {*args.stop_token_ids, tokenizer.eos_token_id, tokenizer.bos_token_id}
-    stop_ids.update(generation_eos if isinstance(generation_eos, list) else [generation_eos])
-    stop_ids = sorted(stop_ids - {None})
+    ref_model = load_model(initial, "--model-name-or-path").to(device) if args.beta != 0.0 else None
+    eos_ids = model.generation_config.eos_token_id
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+    stop_ids = sorted({*args.stop_token_ids, *eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
     peak_lr = args.learning_rate or (3e-4 if embedded else 1e-6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(args.seed)
-
-    logprobs_fn = choose_logprobs_fn(model, [e["ids"] for e in test_examples], tokenizer.pad_token_id)
-    if logprobs_fn is padded_logprobs and rank == 0:
-        print("this architecture does not take a tree mask: completions are padded instead of packed, which is slower")
-
     metrics: dict[str, float] = {}
     first_step, num_tokens, seconds_before = 0, 0, 0.0
     if state is not None:
@@ -920,23 +869,41 @@ def main(args: Args) -> dict[str, float]:
     writer = None
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}, indent=2))
         writer = SummaryWriter(run_dir, purge_step=first_step + 1)
-        rows = "".join(f"| {name} | {value} |\n" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+        if state is None:
+            flags = asdict(args)
+            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
+            rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
+            writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+
+    # ---- the three things that training and evaluation share
+    def rollout(batch: list[dict], num_generations: int, temperature: float, generator: torch.Generator) -> tuple:
+        """Left-padded queries (P, L_q), their mask, and sample()'s responses to them as ids and as texts."""
+        query, query_mask = pad_sequences([example["ids"] for example in batch], tokenizer.pad_token_id, "left")
+        query, query_mask = query.to(device), query_mask.to(device)  # (P, L_q)
+        with autocast():
+            response, logprobs, mask = sample(
+                model, query, query_mask, num_generations, args.max_completion_length, temperature, stop_ids,
+                tokenizer.pad_token_id, generator, rank, world_size,
+            )  # (P*G, T)
+        return query, query_mask, response, logprobs, mask, decode_responses(tokenizer, query, response, mask)
+
+    def score(batch: list[dict], completions: list[str], num_generations: int) -> tuple[Tensor, dict[str, Tensor]]:
+        prompts, answers = ([e[key] for e in batch for _ in range(num_generations)] for key in ("prompt", "answer"))
+        return score_completions(
+            prompts, completions, answers, reward_model, reward_tokenizer, args.max_tokens_per_microbatch
+        )
 
     def run_evaluation(step: int) -> dict[str, float]:
-        reference = ref_model or load_model(initial, "--model-name-or-path").to(device).eval()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        reference = ref_model or load_model(initial, "--model-name-or-path").to(device)
+        with autocast():
             results, table = evaluate(
-                model, reference, logprobs_fn, tokenizer, reward_model, reward_tokenizer, test_examples,
-                args.generation_batch_size, args.max_completion_length, args.max_tokens_per_microbatch, stop_ids,
-                args.seed, rank, world_size,
-            )  # fmt: skip
+                rollout, score, logprobs_fn, reference, test_examples, args.generation_batch_size, args.seed, rank, world_size
+            )
         if rank == 0:
+            writer.add_text("samples", table, step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
-            writer.add_text("samples", table, step)
         return results
 
     def save(path: Path, step: int) -> None:
@@ -945,99 +912,90 @@ def main(args: Args) -> dict[str, float]:
             save_checkpoint(path, {
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "generator": generator.get_state(), "metrics": metrics, "num_tokens": num_tokens, "seconds": seconds,
-            })  # fmt: skip
+            })
 
+    probe = pad_sequences([example["ids"] for example in test_examples[:2]], tokenizer.pad_token_id, "left")
+    logprobs_fn = choose_logprobs_fn(model, *(x.to(device) for x in probe), stop_ids, tokenizer.pad_token_id)
+    if logprobs_fn is padded_logprobs and rank == 0:
+        print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
     if state is None:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
-    interrupted = []
-    old_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # Ctrl-C ends after the step
     G, P = args.num_generations, args.generation_batch_size // args.num_generations
-    optimizer_steps = args.max_steps * args.num_iterations
+    interrupts: list[int] = []
+    old_handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # heard after the step
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
     for step in bar:
-        step_start = time.time()
         # ---- rollout
+        step_start = time.time()
         batch = [examples[i] for i in data_order(step * P, P, len(examples), args.seed)]
         batch = batch[rank * P // world_size : (rank + 1) * P // world_size]
-        query, query_mask = pad_sequences([e["ids"] for e in batch], tokenizer.pad_token_id, "left")
-        query, query_mask = query.to(device), query_mask.to(device)  # (P, L_q)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            response, old_logprobs, mask = sample(
-                model, query, query_mask, G, args.max_completion_length, args.temperature, stop_ids,
-                tokenizer.pad_token_id, generator, rank, world_size,
-            )  # (P*G, T)  # fmt: skip
-        completions = [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in zip(response, mask)]
+        query, query_mask, response, old_logprobs, mask, completions = rollout(batch, G, args.temperature, generator)
         stopped = (torch.isin(response, torch.tensor(stop_ids, device=device)) & mask).any(1)  # (P*G,)
 
         # ---- reward
-        rewards, scores = score_completions(
-            [e["prompt"] for e in batch for _ in range(G)], completions, [e["answer"] for e in batch for _ in range(G)],
-            reward_model, reward_tokenizer, args.max_tokens_per_microbatch,
-        )  # (P*G,)  # fmt: skip
+        rewards, scores = score(batch, completions, G)  # (P*G,), {name: (P*G,)}
+        rewards = rewards.view(-1, G)  # (P, G)
 
         # ---- advantage
-        grouped = rewards.view(-1, G)  # (P, G)
-        advantages = group_advantages(grouped, args.scale_rewards).to(device)  # (P, G)
-        counted = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
-        lengths = mask.sum(1).cpu()  # (P*G,)
+        advantages = group_advantages(rewards, args.scale_rewards).to(device)  # (P, G)
+        loss_mask = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
         sums = {
-            "tokens": lengths.sum(), "counted": counted.sum(), "truncated": (~stopped).sum(), "logprobs": old_logprobs.sum(),
-            "reward": rewards.sum(), "squares": rewards.square().sum(), "equal": (grouped.amax(1) == grouped.amin(1)).sum(),
-            "interrupted": torch.tensor(len(interrupted)),
-        }  # fmt: skip
+            "tokens": mask.sum(), "loss_tokens": loss_mask.sum(), "truncated": (~stopped).sum(),
+            "logprobs": old_logprobs.sum(), "reward": rewards.sum(), "squares": rewards.square().sum(),
+            "equal": (rewards.amax(1) == rewards.amin(1)).sum(), "interrupts": torch.tensor(len(interrupts)),
+        }
         for name, values in scores.items():
-            sums[name], sums[f"{name}/n"] = values.nansum(), (~values.isnan()).sum()
-        totals = all_reduce(torch.tensor([float(x) for x in sums.values()], dtype=torch.float64, device=device))
-        sums = dict(zip(sums, totals.tolist()))
+            sums |= {name: values.nansum(), f"{name}/n": (~values.isnan()).sum()}
+        totals = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
+        sums = dict(zip(sums, all_reduce(totals).tolist()))  # over all processes
 
-        # ---- update
-        kept = advantages.any(1) if args.beta == 0.0 else torch.ones(len(advantages), dtype=torch.bool, device=device)
-        # A row of the update is a tree: a prompt with K of its completions, all G unless those exceed a micro-batch.
-        tree_tokens = {K: query_mask.sum(1, keepdim=True).cpu() + lengths.view(-1, G // K, K).sum(2)
-                       for K in range(G, 0, -1) if G % K == 0 and (logprobs_fn is packed_logprobs or K == 1)}  # fmt: skip
-        K = next((K for K, n in tree_tokens.items() if n.max() <= args.max_tokens_per_microbatch), 1)
-        trees = [x[kept].repeat_interleave(G // K, 0) for x in (query, query_mask)]  # (R, L_q)
-        trees += [x.view(-1, G, x.shape[1])[kept].view(-1, K, x.shape[1]) for x in (response, mask, counted, old_logprobs)]
-        trees += [advantages[kept].view(-1, K)]  # (R, K)
-        microbatches = []
-        for rows in make_microbatches(tree_tokens[K][kept.cpu()].flatten().tolist(), args.max_tokens_per_microbatch):
-            mb_query, mb_query_mask, *mb_rest = (x[rows] for x in trees)
-            longest = int(mb_rest[1].sum(2).max())
-            inputs = (mb_query, mb_query_mask, mb_rest[0][..., :longest], mb_rest[1][..., :longest], args.temperature)
-            mb_ref_logprobs = None
-            if ref_model is not None:
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                    mb_ref_logprobs = logprobs_fn(ref_model, *inputs).flatten(0, 1)  # (R*K, T)
-            mb_counted, mb_old_logprobs = (x[..., :longest].flatten(0, 1) for x in mb_rest[2:4])  # (R*K, T)
-            microbatches.append((inputs, mb_counted, mb_old_logprobs, mb_rest[4].flatten(), mb_ref_logprobs))
-
+        # ---- update: rows are trees of a prompt and K completions, the whole group unless it outgrows a micro-batch
+        L_q, T = query.shape[1], response.shape[1]
+        whole = logprobs_fn is packed_logprobs
+        K = next((K for K in range(G * whole, 1, -1) if G % K == 0 and L_q + K * T <= args.max_tokens_per_microbatch), 1)
+        kept = advantages.any(1) | (args.beta != 0.0)  # (P,): where rewards are equal, only the KL has a gradient
+        trees = {name: x[kept].repeat_interleave(G // K, 0) for name, x in (("query", query), ("query_mask", query_mask))}
+        for name, x in (("response", response), ("mask", mask), ("loss_mask", loss_mask), ("old_logprobs", old_logprobs)):
+            trees[name] = x.view(-1, G, T)[kept].view(-1, K, T)  # (R, K, T)
+        trees["advantages"] = advantages[kept].view(-1, K)  # (R, K)
+        lengths = trees["query_mask"].sum(1) + trees["mask"].sum((1, 2))  # (R,)
+        microbatches = make_microbatches(lengths.tolist(), args.max_tokens_per_microbatch)
+        inputs = ("query", "query_mask", "response", "mask")
+        if ref_model is not None:
+            trees["ref_logprobs"] = torch.zeros_like(trees["old_logprobs"])  # (R, K, T)
+            for rows in microbatches:
+                with torch.no_grad(), autocast():
+                    mb_ref_logprobs = logprobs_fn(ref_model, *(trees[name][rows] for name in inputs), args.temperature)
+                trees["ref_logprobs"][rows] = mb_ref_logprobs
         stats: dict[str, Tensor] = {}
         logprob_difference = torch.zeros((), device=device)
+        model.train()
         for iteration in range(args.num_iterations):
-            optimizer_step = step * args.num_iterations + iteration
             lr = peak_lr * lr_factor(
-                optimizer_step, optimizer_steps, args.warmup_steps, args.lr_scheduler_type, args.min_lr_rate
+                step * args.num_iterations + iteration, args.max_steps * args.num_iterations, args.warmup_steps,
+                args.lr_scheduler_type, args.min_lr_rate,
             )
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            model.train()
-            for inputs, mb_counted, mb_old_logprobs, mb_advantages, mb_ref_logprobs in microbatches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                    mb_logprobs = logprobs_fn(model, *inputs).flatten(0, 1)  # (R*K, T)
+            for rows in microbatches:
+                mb = {name: x[rows] for name, x in trees.items()}
+                with autocast():
+                    mb_logprobs = logprobs_fn(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
+                mb = {name: x.flatten(0, 1) for name, x in mb.items() if name not in inputs}  # (R*K, T), (R*K,)
                 loss, mb_stats = grpo_loss(
-                    mb_logprobs, mb_old_logprobs, mb_advantages, mb_counted, args.epsilon, args.epsilon_high,
-                    args.loss_type, mb_ref_logprobs, args.beta, args.max_completion_length,
-                    args.importance_sampling_level, max(1.0, sums["counted"]), float(P * G),
-                )  # fmt: skip
+                    mb_logprobs.flatten(0, 1), mb["old_logprobs"], mb["advantages"], mb["loss_mask"], args.epsilon,
+                    args.epsilon_high, args.loss_type, mb.get("ref_logprobs"), args.beta, args.max_completion_length,
+                    args.importance_sampling_level, max(1.0, sums["loss_tokens"]), args.generation_batch_size,
+                )
                 loss.backward()
                 for name, value in {"loss": loss.detach(), **mb_stats}.items():
                     stats[name] = stats.get(name, 0.0) + value / args.num_iterations
                 if iteration == 0:
-                    difference = (mb_logprobs.detach() - mb_old_logprobs).abs().max()
+                    difference = (mb_logprobs.detach().flatten(0, 1) - mb["old_logprobs"]).abs().max()
                     logprob_difference = torch.maximum(logprob_difference, difference)
-            for parameter in model.parameters():  # data parallel by hand: ranks may have different numbers of micro-batches
+            for parameter in model.parameters():  # data parallel by hand: processes may differ in micro-batches, or have none
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 all_reduce(parameter.grad)
@@ -1048,22 +1006,21 @@ def main(args: Args) -> dict[str, float]:
             optimizer.step()
 
         # ---- log
-        names = ["loss", "policy/approxkl_avg", *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region"))]
-        names += ["kl"] * (args.beta != 0.0)
+        names = ["loss", "policy/approxkl_avg", *(f"clip_ratio/{which}_mean" for which in ("low", "high", "region"))]
+        names += ["kl"] if ref_model is not None else []
         totals = all_reduce(torch.stack([torch.as_tensor(stats.get(name, 0.0), device=device) for name in names]))
-        if dist.is_initialized():
-            dist.all_reduce(logprob_difference, dist.ReduceOp.MAX)
+        all_reduce(logprob_difference, dist.ReduceOp.MAX)
         num_tokens += int(sums["tokens"])
-        reward = sums["reward"] / (P * G)
+        reward, B = sums["reward"] / (P * G), P * G
         logs = {f"train/{name}": total for name, total in zip(names, totals.tolist())}
         logs |= {f"train/rewards/{name}/mean": sums[name] / sums[f"{name}/n"] for name in scores if sums[f"{name}/n"]}
         logs |= {
             "train/reward": reward,
-            "train/reward_std": max(0.0, sums["squares"] / (P * G) - reward**2) ** 0.5,
+            "train/reward_std": max(0.0, sums["squares"] / B - reward**2) ** 0.5,
             "train/frac_reward_zero_std": sums["equal"] / P,
             "train/entropy": -sums["logprobs"] / sums["tokens"],  # unbiased: the tokens are the policy's own samples
-            "train/completions/mean_length": sums["tokens"] / (P * G),
-            "train/completions/clipped_ratio": sums["truncated"] / (P * G),
+            "train/completions/mean_length": sums["tokens"] / B,
+            "train/completions/clipped_ratio": sums["truncated"] / B,
             "train/sampling/sampling_logp_difference/max": logprob_difference.item(),
             "train/grad_norm": grad_norm.item(),
             "train/num_tokens": num_tokens,
@@ -1076,27 +1033,28 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix_str(f"reward {reward:.2f}, length {logs['train/completions/mean_length']:.1f}")
 
         # ---- save
-        done = step + 1
+        done, interrupted = step + 1, sums["interrupts"] > 0
         if done % args.eval_steps == 0 and done < args.max_steps:
             run_evaluation(done)
-        if done % args.save_steps == 0 or done == args.max_steps or sums["interrupted"]:
+        if done % args.save_steps == 0 or done == args.max_steps or interrupted:
             save(run_dir / "checkpoint.pt", done)
-        if sums["interrupted"]:
+        if interrupted:
             break
 
     signal.signal(signal.SIGINT, old_handler)
     if rank == 0:
         save_model(run_dir / "model", model, tokenizer)
-    if interrupted:
-        print(f"stopped by Ctrl-C after step {done}; go on with --resume {run_dir}")
+    if done < args.max_steps:
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
         raise SystemExit(130)
     metrics |= run_evaluation(args.max_steps)
     metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name in sorted(name for name in metrics if f"{name}_before" in metrics):
-            print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        for name in metrics:
+            if f"{name}_before" in metrics:
+                print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
         print(run_dir)
     if dist.is_initialized():
         dist.destroy_process_group()

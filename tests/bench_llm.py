@@ -1,0 +1,397 @@
+"""How long a training step takes here and in the usual library: ours and TRL's trainer, interleaved in one run.
+
+    python tests/bench_llm.py --method grpo --size M                   # both from this interpreter
+    python tests/bench_llm.py --method grpo --size M --bf16 --peer-python ~/venvs/trl/bin/python
+    python tests/bench_llm.py --method grpo --size qwen2.5-0.5b --bf16 --device cuda
+
+Both sides run the real thing (`main(Args(...))` of our script; TRL's trainer with the same settings and no gradient
+checkpointing) on one random-weight Qwen2 model and one file of prompts: 8 prompts of 64 tokens x 8 completions of at most
+64 a step, temperature 1. The learning rate is too small to change a weight, so that no step differs from another, and
+each token is the last with a chance of about 1/32, by the way the model is made: the two measured mean lengths show that
+both did the same work.
+
+Each side is a process of its own, which does a step when it is told to and then reports: the two take turns, so that
+a slow minute of the machine hits both. On the CPU both have the same single core and one thread, and seconds are the
+process's CPU seconds, of all its threads; with `--device cuda` they are the time between CUDA events. A step goes from one
+step's entry to the next one's, logging included, in the phases rollout (generation, decoding to text), reward, update (forward, backward,
+clipping), optimizer and other (logging, the next batch). The first steps warm up and are not counted; medians are reported.
+The last line of the output is one JSON object. Linux only.
+"""
+
+import argparse
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from statistics import mean, median
+
+SIZES = {  # layers, hidden, MLP, heads, key-value heads, vocabulary; the last two are the published models' shapes
+    "S": (4, 128, 512, 4, 4, 64),
+    "M": (6, 256, 1024, 4, 4, 32000),
+    "L": (6, 256, 1024, 4, 4, 151936),
+    "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936),
+    "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936),
+}
+PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64
+EOS_CHANCE = 1 / 32
+LEARNING_RATE = 1e-30  # no fp32 weight feels it; 0 means "the default" to some flags
+PHASES = ("rollout", "reward", "update", "optimizer", "other")
+
+
+# ---- the model and the data that both sides load ----------------------------------------------------------------------
+
+
+def build(spec: dict) -> None:
+    """Write the model's folder and the prompts' file into the working folder."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    layers, hidden, mlp, heads, kv_heads, vocabulary = SIZES[spec["size"]]
+    letters = string.ascii_letters + string.digits  # prompts are made of them, one token each, as there are no merges
+    words = ["<pad>", "<eos>", *letters, *(f"<{i}>" for i in range(vocabulary - len(letters) - 2))]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Qwen2Tokenizer(vocab=ids, merges=[], unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained("model")
+    rng = random.Random(0)
+    with open("prompts.jsonl", "w") as file:
+        for _ in range(PROMPTS * (spec["steps"] + spec["warmup"] + 2)):
+            prompt = "".join(rng.choices(letters, k=PROMPT_LENGTH))
+            file.write(json.dumps({"prompt": prompt, "answer": "0"}) + "\n")
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    ))  # fmt: skip
+    with torch.no_grad():
+        # A random model ends nowhere in particular. A vector added to all embeddings changes no probability (it shifts all
+        # logits alike), but gives all final hidden states a common direction; the EOS embedding moved along it makes EOS
+        # about equally likely everywhere. (EOS is never read: nothing follows it.)
+        embeddings = model.get_input_embeddings().weight  # (V, H), also the head's
+        embeddings += 5 * embeddings.std() * torch.randn(hidden)
+        states = model.model(torch.randint(2, vocabulary, (16, 64))).last_hidden_state[:, -16:].flatten(0, 1)  # (N, H)
+        direction = states.mean(0) / states.mean(0).norm()  # (H,)
+        logits = model.lm_head(states)  # (N, V)
+        eos = logits[:, 1].clone()
+        logits[:, 1] = -torch.inf
+        others, low, high = logits.logsumexp(1), -100.0, 100.0
+        for _ in range(60):
+            shift = (low + high) / 2
+            chance = torch.sigmoid(eos + shift * (states @ direction) - others).mean()
+            low, high = (low, shift) if chance > EOS_CHANCE else (shift, high)
+        embeddings[1] += shift * direction
+    model.save_pretrained("model")
+
+
+def reward(completion: str) -> float:
+    """Cheap, and different for all completions of a group: no group is without a gradient."""
+    return zlib.crc32(completion.encode()) % 1000 / 1000
+
+
+# ---- a worker: one side in its own process ----------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Waits for the parent's word before each step and then reports the seconds of its phases."""
+
+    def __init__(self, spec: dict, reports):
+        import torch
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+        self.cuda, self.reports, self.steps_left = spec["device"] == "cuda", reports, spec["steps"] + spec["warmup"]
+        self.torch, self.marks, self.lengths, self.equal, self.loaded_mb = torch, [], [], 0.0, None
+        register_optimizer_step_pre_hook(lambda *_: self.mark("update"))
+        register_optimizer_step_post_hook(lambda *_: self.mark("optimizer"))
+
+    def mark(self, phase: str) -> None:
+        """What was done since the last mark belongs to this phase. Outside a step (evaluation) nothing is noted."""
+        if self.marks:
+            self.stamp(phase)
+
+    def stamp(self, phase: str) -> None:
+        if self.cuda:
+            now = self.torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.process_time()
+        self.marks.append((phase, now))
+
+    def next_step(self) -> None:
+        """A step's entry, which is also the end of the step before."""
+        if self.marks:
+            self.mark("other")
+            if self.cuda:
+                self.torch.cuda.synchronize()
+            phases = dict.fromkeys(PHASES, 0.0)
+            for (_, start), (phase, end) in zip(self.marks, self.marks[1:]):
+                phases[phase] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+            self.report(phases=phases, lengths=self.lengths, equal=self.equal)
+            self.steps_left -= 1
+        if self.loaded_mb is None:
+            self.loaded_mb = self.memory_mb("VmRSS")
+        if self.steps_left == 0:
+            peak = self.memory_mb("VmHWM")
+            self.report(peak_mb=peak, peak_extra_mb=peak - self.loaded_mb)
+            os._exit(0)  # no final evaluation, no checkpoint
+        if not self.marks:
+            self.report(ready=True)
+        self.marks = []
+        if sys.stdin.readline() != "go\n":
+            sys.exit("the parent is gone")
+        self.stamp("")
+
+    def memory_mb(self, field: str) -> float:
+        """On the CPU the process's memory now (VmRSS) or at its peak (VmHWM), libraries included; on CUDA that of tensors.
+        (ru_maxrss would do for the peak, were it not inherited from the parent.)"""
+        if self.cuda:
+            cuda = self.torch.cuda
+            return (cuda.memory_allocated() if field == "VmRSS" else cuda.max_memory_allocated()) / 2**20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(field + ":"))) / 1024
+
+    def report(self, **values) -> None:
+        print(json.dumps(values), file=self.reports, flush=True)
+
+
+def grpo_ours(spec: dict, watch: Stopwatch) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import grpo_llm
+
+    sample, score_completions = grpo_llm.sample, grpo_llm.score_completions
+
+    def watched_sample(model, query, attention_mask, num_generations, *args, **kwargs):
+        training = num_generations == GENERATIONS and len(query) == PROMPTS  # evaluation and start-up checks sample less
+        if training:
+            watch.next_step()
+        result = sample(model, query, attention_mask, num_generations, *args, **kwargs)
+        if training:
+            watch.lengths = result[2].sum(1).tolist()
+        return result
+
+    def watched_score_completions(*args, **kwargs):
+        watch.mark("rollout")
+        result = score_completions(*args, **kwargs)
+        watch.mark("reward")
+        if len(result[0]) == PROMPTS * GENERATIONS:
+            rewards = result[0].view(PROMPTS, GENERATIONS)
+            watch.equal = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
+        return result
+
+    def crc_reward(prompt: str, completion: str, answer: str | None) -> float:
+        return reward(completion)
+
+    grpo_llm.sample, grpo_llm.score_completions = watched_sample, watched_score_completions
+    grpo_llm.REWARDS = ((crc_reward, 1.0),)
+    steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
+    grpo_llm.main(grpo_llm.Args(
+        model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"],
+        max_eval_samples=PROMPTS, max_steps=steps, eval_steps=steps, save_steps=steps, learning_rate=LEARNING_RATE,
+        generation_batch_size=PROMPTS * GENERATIONS, num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION,
+    ))  # fmt: skip
+
+
+def grpo_peer(spec: dict, watch: Stopwatch) -> None:
+    import transformers
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            watch.next_step()
+
+    def crc_reward(completions: list[str], completion_ids: list, **kwargs) -> list[float]:
+        return [reward(completion) for completion in completions]
+
+    trainer = GRPOTrainer(
+        model="model",
+        reward_funcs=crc_reward,
+        train_dataset=Dataset.from_list([json.loads(line) for line in open("prompts.jsonl")]),
+        callbacks=[Turns()],
+        args=GRPOConfig(
+            output_dir="peer", model_init_kwargs={"dtype": "float32"}, bf16=spec["bf16"], use_cpu=spec["device"] == "cpu",
+            per_device_train_batch_size=PROMPTS * GENERATIONS, gradient_accumulation_steps=1, gradient_checkpointing=False,
+            num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION, temperature=1.0, top_k=0, top_p=1.0,
+            beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, learning_rate=LEARNING_RATE, max_grad_norm=1.0,
+            optim="adamw_torch_fused", max_steps=watch.steps_left + 1, logging_steps=1, save_strategy="no", report_to="none",
+        ),
+    )  # fmt: skip
+    calculate_rewards = trainer._calculate_rewards
+
+    def watched_calculate_rewards(inputs, prompts, completions, completion_ids_list):
+        watch.mark("rollout")
+        watch.lengths = [len(ids) for ids in completion_ids_list]
+        result = calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        watch.mark("reward")
+        return result
+
+    trainer._calculate_rewards = watched_calculate_rewards
+    trainer.train()
+
+
+METHODS = {"grpo": (grpo_ours, grpo_peer)}
+
+
+def work(side: str, spec: dict) -> None:
+    """The body of a worker process. Its stdout carries reports only: whatever the libraries print goes to stderr."""
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.chdir(spec["folder"])
+    if side == "build":
+        return build(spec)
+    if spec["device"] == "cpu":
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the same for both sides, which take turns
+        import torch
+
+        torch.set_num_threads(1)
+    METHODS[spec["method"]][side == "peer"](spec, Stopwatch(spec, reports))
+    sys.exit("training ended before the last step")
+
+
+# ---- the parent -------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    def __init__(self, python: str, side: str, spec: dict):
+        self.side, self.errors = side, Path(spec["folder"], f"{side}.log")
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if spec["device"] == "cpu" and side != "build" else {}
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).resolve()), "--worker", side, json.dumps(spec)], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=open(self.errors, "w"),
+            env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.fail()
+        return json.loads(line)
+
+    def step(self) -> dict:
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.fail()
+        return self.read()
+
+    def fail(self) -> None:
+        code = self.process.wait()
+        tail = "\n".join(self.errors.read_text(errors="replace").splitlines()[-30:])
+        sys.exit(f"{tail}\nerror: the worker `{self.side}` ended with code {code}; its last words stand above")
+
+
+def peer_version(python: str) -> str | None:
+    code = "import importlib.metadata, trl; print('trl', importlib.metadata.version('trl'))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return found.stdout.split("\n")[0] if found.returncode == 0 else None
+
+
+def limits(options: argparse.Namespace, side: dict) -> dict[str, float]:
+    """Tokens a second, and the share of the device's limits that they amount to: a decoding step has at least to read all
+    weights, and the update has at least to do 6 FLOP for each weight and token, prompts once a group and no padding."""
+    layers, hidden, mlp, heads, kv_heads, vocabulary = SIZES[options.size]
+    head = vocabulary * hidden  # tied: it is also the embedding, which costs nothing to read
+    body = layers * (hidden * hidden * (2 + 2 * kv_heads / heads) + 3 * hidden * mlp)
+    weight_bytes = (2 if options.bf16 else 4) * (body + head)
+    rollout, update = side["phases"]["rollout"], side["phases"]["update"]
+    responses = side["mean_length"] * PROMPTS * GENERATIONS
+    flop = 6 * (body * (PROMPTS * PROMPT_LENGTH + responses) + head * responses)
+    return {
+        "rollout_tokens_per_second": responses / rollout,
+        "update_tokens_per_second": responses / update,
+        "rollout_share_of_bandwidth": side["longest"] * weight_bytes / options.peak_bytes / rollout,
+        "update_share_of_flops": flop / options.peak_flops / update,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--bf16", action="store_true", help="autocast in both; weights stay fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, default=7, help="counted steps of each side")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not counted")
+    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
+    parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's dense bf16 FLOP/s (default: H200)")
+    parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
+    options = parser.parse_args()
+
+    peer = peer_version(options.peer_python)
+    pythons = {"ours": sys.executable, "peer": options.peer_python}
+    if peer is None:
+        print(f"{options.peer_python} cannot import trl: our side alone")
+        del pythons["peer"]
+    with tempfile.TemporaryDirectory() as folder:
+        spec = {key: getattr(options, key) for key in ("method", "size", "bf16", "device", "steps", "warmup")}
+        spec["folder"] = folder
+        builder = Worker(sys.executable, "build", spec)
+        if builder.process.wait() != 0:
+            builder.fail()
+        workers = {}
+        try:
+            for side, python in pythons.items():
+                workers[side] = Worker(python, side, spec)
+                workers[side].read()  # ready
+            reports = {side: [] for side in workers}
+            for number in range(options.warmup + options.steps):
+                for side, worker in workers.items():
+                    reports[side].append(worker.step())
+                took = ", ".join(f"{side} {sum(steps[-1]['phases'].values()):.3f} s" for side, steps in reports.items())
+                print(f"step {number + 1}{' (warm-up)' * (number < options.warmup)}: {took}", flush=True)
+            memory = {side: worker.read() for side, worker in workers.items()}
+        finally:
+            for worker in workers.values():
+                worker.process.kill()
+                worker.process.wait()
+
+    sides = {}
+    for side, steps in reports.items():
+        steps = steps[options.warmup :]
+        lengths = [length for step in steps for length in step["lengths"]]
+        sides[side] = {
+            "seconds": median(sum(step["phases"].values()) for step in steps),
+            "phases": {phase: median(step["phases"][phase] for step in steps) for phase in PHASES},
+            "mean_length": mean(lengths),
+            "longest": mean(max(step["lengths"]) for step in steps),
+            **memory[side],
+        }
+    ours, other = sides["ours"], sides.get("peer")
+    rows = [("step, seconds", "seconds"), *((f"  {phase}", phase) for phase in PHASES)]
+    print(f"\n{'':24}{'ours':>12}{'peer':>12}{'peer/ours':>12}")
+    rows += [("peak memory, MB", "peak_mb"), ("  beyond the loaded model", "peak_extra_mb")]
+    rows += [("mean length, tokens", "mean_length")]
+    for label, key in rows:
+        values = [{**side, **side["phases"]}[key] for side in sides.values()]
+        ratio = f"{values[1] / values[0]:12.2f}" if other and values[0] else ""
+        print(f"{label:24}" + "".join(f"{value:12.4g}" for value in values) + ratio)
+    print(f"groups of equal rewards: {mean(step['equal'] for step in reports['ours']):.0%}")
+
+    result = {
+        "method": options.method, "size": options.size, "device": options.device,
+        "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
+        "ratio": other and other["seconds"] / ours["seconds"], "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],
+        "phases": {side: values["phases"] for side, values in sides.items()},
+    }  # fmt: skip
+    for side in ("ours", "peer"):
+        for key in ("seconds", "peak_mb", "peak_extra_mb", "mean_length"):
+            result[f"{side}_{key}"] = sides[side][key] if side in sides else None
+    if options.device == "cuda":
+        result["limits"] = {side: limits(options, values) for side, values in sides.items()}
+        for side, values in result["limits"].items():
+            print(f"{side}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], json.loads(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,59 @@
+"""Fixtures that the tests of every script use."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"  # real models and data, where they are at hand; they are no part of the repository
+sys.path.insert(0, str(ROOT))
+
+SIZE = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZE, intermediate_size=64, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SIZE, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=20, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1),
+    "gpt_neox": GPTNeoXConfig(**SIZE, intermediate_size=64, bos_token_id=1, eos_token_id=1),
+}
+
+
+def make_model(architecture: str = "llama", seed: int = 0, scale: float = 0.2):
+    """A tiny random model, in evaluation mode, with weights large enough for its distributions to be far from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters, ids as in the embedded task with 4 to spare: pad 0, eos 1."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-= abc"])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> str:
+    """A folder with a tiny model and its tokenizer, in Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("model")
+    model = make_model("llama", scale=0.05)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the real models and data are not at hand")
+    return SHARED

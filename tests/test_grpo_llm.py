@@ -1,0 +1,730 @@
+"""grpo_llm.py: the sampler, the log-probabilities, the advantages and the loss; then the whole script on a tiny model."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model, make_tokenizer
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MistralConfig
+
+import grpo_llm
+from grpo_llm import (
+    Args,
+    data_order,
+    extract_number,
+    format_reward,
+    group_advantages,
+    grpo_loss,
+    lr_factor,
+    main,
+    make_microbatches,
+    packed_logprobs,
+    pad_sequences,
+    padded_logprobs,
+    response_logprobs,
+    sample,
+    sample_token,
+)
+
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
+PROMPTS = [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [17, 3, 9]]
+
+
+def draw(model, num_generations=4, length=20, temperature=0.7, stop_ids=(1, 2), pad_id=0, seed=0):
+    """Queries and their sampled responses: query, query_mask, response, logprobs, mask."""
+    query, query_mask = pad_sequences(PROMPTS, pad_id, "left")
+    generator = torch.Generator().manual_seed(seed)
+    return query, query_mask, *sample(
+        model, query, query_mask, num_generations, length, temperature, list(stop_ids), pad_id, generator
+    )
+
+
+def naive_logprobs(model, prompt, response, temperature):
+    """One sequence, no padding, no mask, full logits: what every other way must agree with."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+# ---- sampling and log-probabilities
+
+
+def test_sample_token_inverts_the_cdf():
+    logits = torch.tensor([[0.0, -math.inf, math.log(2.0), math.log(1.0)]]).repeat(6, 1)  # 1/4, 0, 1/2, 1/4
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24])
+    token, logprob = sample_token(logits.clone(), uniform, 1.0)
+    assert token.tolist() == [0, 0, 2, 2, 3, 3]
+    assert torch.allclose(logprob.exp(), torch.tensor([0.25, 0.25, 0.5, 0.5, 0.25, 0.25]))
+    token, logprob = sample_token(logits.clone(), uniform, 0.0)
+    assert token.tolist() == [2] * 6 and torch.allclose(logprob.exp(), torch.tensor(0.5))
+
+
+def test_sampling_distribution_is_the_softmax_and_nothing_else():
+    model = make_model()
+    model.generation_config.top_k, model.generation_config.top_p = 2, 0.5
+    model.generation_config.temperature, model.generation_config.repetition_penalty = 3.0, 2.0
+    query = torch.tensor([PROMPTS[0]])
+    response, logprobs, _ = sample(
+        model, query, torch.ones_like(query), 20000, 1, 0.7, [1], 0, torch.Generator().manual_seed(0)
+    )
+    expected = (model(input_ids=query).logits[0, -1] / 0.7).softmax(-1)
+    observed = torch.bincount(response[:, 0], minlength=20) / 20000
+    assert (observed - expected).abs().sum() / 2 < 0.02  # total variation
+    assert torch.allclose(logprobs[:, 0], expected.log()[response[:, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampler_packed_padded_and_naive_logprobs_agree(architecture):
+    model = make_model(architecture)
+    query, query_mask, response, logprobs, mask = draw(model)
+    assert mask.sum(1).unique().numel() > 2  # responses of several lengths, so that rows left the batch
+    grouped = [x.view(3, 4, -1) for x in (response, mask)]
+    packed = packed_logprobs(model, query, query_mask, *grouped, 0.7).flatten(0, 1)
+    padded = padded_logprobs(model, query, query_mask, *grouped, 0.7).flatten(0, 1)
+    for i in range(12):
+        length = int(mask[i].sum())
+        naive = naive_logprobs(model, PROMPTS[i // 4], response[i, :length].tolist(), 0.7)
+        for other in (logprobs, packed, padded):
+            assert (other[i, :length] - naive).abs().max() < 1e-4
+            assert (other[i, length:] == 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("logprobs_fn", [packed_logprobs, padded_logprobs])
+def test_gradients_equal_the_naive_ones(architecture, logprobs_fn, monkeypatch):
+    monkeypatch.setattr(grpo_llm, "LOGITS_PER_CHUNK", 7 * 20)  # several chunks, the last one not full
+    model = make_model(architecture)
+    query, query_mask, response, _, mask = draw(model)
+    weights = torch.randn(mask.shape) * mask
+    total = (logprobs_fn(model, query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7).flatten(0, 1) * weights).sum()
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    rows = [naive_logprobs(model, PROMPTS[i // 4], response[i][mask[i]].tolist(), 0.7) @ weights[i][mask[i]] for i in range(12)]
+    for gradient, naive in zip(gradients, torch.autograd.grad(sum(rows), list(model.parameters()))):
+        assert (gradient - naive).norm() <= 1e-4 * naive.norm() + 1e-6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_response_logprobs_do_not_depend_on_padding(architecture):
+    model = make_model(architecture)
+    sequence = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    plain = response_logprobs(model, sequence, torch.ones_like(sequence), 4, 1.0)
+    for pad_id in (0, 13):
+        pad, zeros = torch.full((1, 6), pad_id), torch.zeros(1, 6, dtype=torch.long)
+        left = torch.cat([pad, sequence], 1), torch.cat([zeros, torch.ones_like(sequence)], 1)
+        assert (response_logprobs(model, *left, 4, 1.0) - plain).abs().max() < 1e-5
+        right = torch.cat([sequence, pad], 1), torch.cat([torch.ones_like(sequence), zeros], 1)
+        assert (response_logprobs(model, *right, 10, 1.0)[:, :4] - plain).abs().max() < 1e-5
+
+
+def test_a_response_ends_with_its_first_stop_id_and_never_with_a_forced_one():
+    model = make_model()
+    for pad_id in (0, 1):  # pad may be a stop id: the mask comes from lengths
+        _, _, response, _, mask = draw(model, num_generations=32, length=12, stop_ids=(1, 2), pad_id=pad_id)
+        truncated = 0
+        for ids, real in zip(response.tolist(), mask):
+            length = int(real.sum())
+            assert real[:length].all() and not real[length:].any()
+            stops = [position for position, token in enumerate(ids[:length]) if token in (1, 2)]
+            assert stops == [length - 1] or (stops == [] and length == 12)
+            truncated += stops == []
+        assert 0 < truncated < 96
+
+
+def test_samples_do_not_depend_on_the_number_of_processes_or_on_who_shares_the_batch():
+    model = make_model()
+    query, query_mask, response, logprobs, mask = draw(model)
+    for rank in range(3):
+        own = slice(rank, rank + 1)
+        part = sample(
+            model, query[own], query_mask[own], 4, 20, 0.7, [1, 2], 0, torch.Generator().manual_seed(0), rank, 3
+        )
+        rows = slice(4 * rank, 4 * rank + 4)
+        T = part[0].shape[1]
+        assert torch.equal(part[0], response[rows, :T]) and torch.equal(part[2], mask[rows, :T])
+        assert not mask[rows, T:].any()
+        assert torch.allclose(part[1], logprobs[rows, :T], atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_neither_the_samples_nor_the_gradients():
+    model = make_model()
+    query, query_mask, *plain = draw(model, temperature=0.0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    again = draw(model, temperature=0.0)[2:]
+    assert all(torch.equal(x, y) for x, y in zip(plain, again))
+    assert model.training
+    inputs = (query, query_mask, plain[0].view(3, 4, -1), plain[2].view(3, 4, -1), 1.0)
+    with_checkpointing = torch.autograd.grad(packed_logprobs(model, *inputs).sum(), list(model.parameters()))
+    model.gradient_checkpointing_disable()
+    without = torch.autograd.grad(packed_logprobs(model, *inputs).sum(), list(model.parameters()))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(with_checkpointing, without))
+
+
+def test_greedy_follows_the_argmax():
+    model = make_model()
+    _, _, response, _, mask = draw(model, num_generations=1, temperature=0.0)
+    for prompt, ids, real in zip(PROMPTS, response, mask):
+        tokens = list(prompt)
+        for token in ids[real].tolist():
+            assert token == model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()
+            tokens.append(token)
+
+
+def test_sliding_windows_take_the_padded_path():
+    torch.manual_seed(0)
+    size = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(MistralConfig(**size, num_key_value_heads=2, sliding_window=4)).eval()
+    query, query_mask = pad_sequences(PROMPTS, 0, "left")
+    assert grpo_llm.choose_logprobs_fn(model, query, query_mask, [1], 0) is padded_logprobs
+    assert grpo_llm.choose_logprobs_fn(make_model(), query, query_mask, [1], 0) is packed_logprobs
+
+
+# ---- advantages and loss
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+    std = math.sqrt(4 * 0.25 / 3)  # ddof 1
+    expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4])
+    assert torch.equal(group_advantages(rewards, "none"), expected)
+    assert torch.allclose(group_advantages(rewards, "group"), expected / (std + 1e-4))
+    assert (group_advantages(torch.full((1, 7), 0.1), "group") == 0).all()
+
+
+def loss_inputs(B=5, T=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(B, T, generator=generator) * 2
+    logprobs = (old + 0.4 * torch.randn(B, T, generator=generator)).requires_grad_()
+    ref = old + 0.4 * torch.randn(B, T, generator=generator)
+    mask = torch.arange(T) < torch.tensor([6, 1, 3, 0, 4])[:B, None]
+    return logprobs, old, torch.randn(B, generator=generator), mask, ref
+
+
+def test_loss_by_hand():
+    logprobs = torch.log(torch.tensor([[0.5, 0.2, 0.9], [0.3, 0.1, 0.9]]))
+    old = torch.log(torch.tensor([[0.25, 0.25, 0.9], [0.3, 0.2, 0.9]]))
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    advantages = torch.tensor([1.0, -2.0])
+    # ratios 2, 0.8 | 1, 0.5, 1; clipped to [0.8, 1.28] where that is the smaller product
+    terms = [[1.28, 0.8], [-2.0, -1.6, -2.0]]
+    dapo, _ = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, "dapo")
+    assert dapo.item() == pytest.approx(-(sum(terms[0]) + sum(terms[1])) / 5, rel=1e-5)
+    grpo, _ = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, "grpo")
+    assert grpo.item() == pytest.approx(-(sum(terms[0]) / 2 + sum(terms[1]) / 3) / 2, rel=1e-5)
+    dr_grpo, stats = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, "dr_grpo", max_completion_length=10)
+    assert dr_grpo.item() == pytest.approx(-(sum(terms[0]) + sum(terms[1])) / 20, rel=1e-5)
+    assert stats["clip_ratio/high_mean"].item() == pytest.approx(1 / 5)
+    assert stats["clip_ratio/low_mean"].item() == pytest.approx(1 / 5)
+    sequence, _ = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, "grpo", importance_sampling_level="sequence")
+    ratios = [min(1.28, math.sqrt(2 * 0.8)), max(0.8, 0.5 ** (1 / 3))]  # geometric means: 1.265, 0.794
+    assert sequence.item() == pytest.approx(-(ratios[0] * 1.0 + ratios[1] * -2.0) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_microbatches_add_up_to_the_whole(loss_type, level, size):
+    logprobs, old, advantages, mask, ref = loss_inputs()
+    options = {"beta": 0.1, "max_completion_length": 8, "importance_sampling_level": level}
+    whole, stats = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, loss_type, ref, **options)
+    (gradient,) = torch.autograd.grad(whole, logprobs)
+    options |= {"num_tokens": int(mask.sum()), "num_sequences": 5}
+    parts = [
+        grpo_loss(*(x[i : i + size] for x in (logprobs, old, advantages, mask)), 0.2, 0.28, loss_type, ref[i : i + size], **options)
+        for i in range(0, 5, size)
+    ]
+    total = sum(loss for loss, _ in parts)
+    assert torch.allclose(total, whole, rtol=1e-5)
+    assert torch.allclose(torch.autograd.grad(total, logprobs)[0], gradient, rtol=1e-5, atol=1e-8)
+    for name, value in stats.items():
+        assert torch.allclose(sum(s[name] for _, s in parts), value, rtol=1e-5)
+
+
+def test_masked_rows_and_infinite_padding_give_no_nan():
+    logprobs, old, advantages, mask, ref = loss_inputs()
+    old = torch.where(mask, old, -math.inf)
+    for loss_type in ("dapo", "grpo", "dr_grpo"):
+        for rows in (slice(0, 5), slice(3, 4)):  # row 3 is wholly masked
+            inputs = (x[rows] for x in (logprobs, old, advantages, mask))
+            loss, _ = grpo_loss(*inputs, 0.2, 0.28, loss_type, ref[rows], beta=0.1, max_completion_length=8)
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            assert loss.isfinite() and gradient.isfinite().all()
+            assert (gradient[~mask] == 0).all()
+
+
+def test_on_policy_the_loss_is_zero_and_the_gradient_is_not():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    logprobs = torch.full((4, 3), -1.0, requires_grad=True)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), group_advantages(rewards, "group")[0], mask, 0.2, 0.28, "dapo")
+    assert abs(loss.item()) < 1e-6
+    assert torch.autograd.grad(loss, logprobs)[0].norm() > 0.1
+
+
+def test_one_step_without_clipping_and_std_is_reinforce_with_the_group_baseline():
+    """The gradient is REINFORCE's with the group's mean, and (G-1)/G of that with the leave-one-out mean (RLOO)."""
+    model = make_model()
+    query, query_mask, response, old_logprobs, mask = draw(model)
+    rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    inputs = (query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7)
+    logprobs = packed_logprobs(model, *inputs).flatten(0, 1)
+    advantages = group_advantages(rewards, "none").flatten()
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), advantages, mask, math.inf, math.inf, "dapo")
+    gradient = torch.autograd.grad(-loss * mask.sum(), list(model.parameters()))
+    leave_one_out = (rewards.sum(1, keepdim=True) - rewards) / 3
+    for baseline, factor in ((rewards.mean(1, keepdim=True), 1.0), (leave_one_out, 3 / 4)):
+        reinforce = sum(
+            (rewards - baseline).flatten()[i] * naive_logprobs(model, PROMPTS[i // 4], response[i][mask[i]].tolist(), 0.7).sum()
+            for i in range(12)
+        )
+        for ours, theirs in zip(gradient, torch.autograd.grad(reinforce, list(model.parameters()))):
+            assert (ours - factor * theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_kl_gradient_is_that_of_the_reverse_kl(shift):
+    """Exact expectation over a 6-way softmax, on-policy and off-policy (the rollout's logits differ by `shift` noise)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
+    ref = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
+    old = (logits.detach() + shift * torch.randn(6, generator=generator, dtype=torch.float64)).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True)
+    mask, beta = torch.ones(1, 1, dtype=torch.bool), 0.3
+    total = 0.0
+    for action in range(6):  # each action's loss, weighted by its probability under the rollout's policy
+        one = [x[action].view(1, 1) for x in (logprobs, old)]
+        loss, _ = grpo_loss(*one, torch.zeros(1), mask, 0.2, 0.28, "dapo", ref[action].view(1, 1), beta)
+        total = total + old[action].exp() * loss
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert torch.allclose(gradient, beta * expected, atol=1e-10)
+
+
+def test_a_large_kl_keeps_a_finite_gradient():
+    logprobs = torch.tensor([[-0.1]], requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), torch.zeros(1), mask, 0.2, 0.28, "dapo", torch.tensor([[-300.0]]), 1.0)
+    assert torch.autograd.grad(loss, logprobs)[0].item() == pytest.approx(299.9)
+
+
+def test_learning_rate_schedule_ends_exactly():
+    for kind in ("linear", "cosine"):
+        factors = [lr_factor(step, 10, 3, kind, 0.1) for step in range(10)]
+        assert factors[:3] == [1 / 3, 2 / 3, 1.0] and factors[3] == 1.0
+        assert factors[-1] == pytest.approx(0.1, abs=1e-12)
+        assert all(a >= b for a, b in zip(factors[3:], factors[4:]))
+    assert {lr_factor(step, 10, 0, "constant", 0.1) for step in range(10)} == {1.0}
+
+
+# ---- data and rewards
+
+
+@pytest.mark.parametrize("text, number", [
+    ("-12=132", 132), ("48/2 = 24. So it is 72.", 72), ("so 3\n#### 1,000", 1000), ("\\boxed{\\$72.50} in 2 days", 72.5),
+    ("10-3=7", 7), ("it is -5", -5), ("#### -4", -4), ("none", None), ("", None), ("x-3", -3),
+])  # fmt: skip
+def test_extract_number(text, number):
+    assert extract_number(text) == number
+
+
+def test_rewards_by_hand():
+    assert grpo_llm.accuracy_reward("", "I think 7.0", "... #### 7") == 1.0
+    assert grpo_llm.accuracy_reward("", "no idea", "#### 7") == 0.0
+    assert grpo_llm.accuracy_reward("", "Paris", "Paris") is None and grpo_llm.accuracy_reward("", "1", None) is None
+    assert [format_reward("", c, None) for c in ("-12=132", "132", "#### 4", "2+2 is 4\n#### 4")] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_data_order_visits_every_row_once_an_epoch_and_depends_on_the_seed():
+    order = data_order(0, 21, 7, seed=3)
+    assert [sorted(order[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert order[:7] != order[7:14]
+    assert data_order(5, 9, 7, seed=3) == order[5:14]
+    assert data_order(0, 7, 7, seed=4) != order[:7]
+
+
+def test_microbatches_hold_every_row_once_within_the_budget():
+    tokens = [5, 90, 7, 30, 31, 8, 400]
+    batches = make_microbatches(tokens, 100)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * max(tokens[i] for i in batch) <= 100 for batch in batches)
+    assert len(batches) == 4
+
+
+def test_embedded_problems_and_demonstrations():
+    train, test = grpo_llm.addition_rows(1)
+    assert len(train) + len(test) == 8100 and not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    rng = grpo_llm.random.Random(0)
+    texts = [grpo_llm.demonstrate({"prompt": "47+85=", "answer": "132"}, rng) for _ in range(4000)]
+    careful = [text for text in texts if "=" in text]
+    assert set(careful) == {"-12=132"} and set(texts) - set(careful) == {"132", "131", "133", "122", "142"}
+
+
+def test_chat_template_is_used_where_there_is_one():
+    tokenizer = make_tokenizer()
+    assert tokenizer.decode(grpo_llm.encode_prompt("1+1=", tokenizer)) == "1+1="
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    ids = grpo_llm.encode_prompt([{"role": "b", "content": "1+1="}], tokenizer)
+    assert isinstance(ids, list) and isinstance(ids[0], int) and tokenizer.decode(ids) == "b1+1=a"
+    row = {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "3"}], "solution": 3}
+    assert grpo_llm.prompt_and_answer(row) == ([{"role": "user", "content": "2"}], "3")
+
+
+def test_reward_model_scores_do_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                        max_position_embeddings=16, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    texts = ["1", "1+2=3", "a" * 40, "12345"]
+    together = grpo_llm.reward_model_scores(model, make_tokenizer(), ["7="] * 4, texts, 32)
+    alone = [grpo_llm.reward_model_scores(model, make_tokenizer(), ["7="], [text], 32)[0] for text in texts]
+    assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 4
+
+
+# ---- the whole script on a tiny model
+
+
+def write_rows(path: Path, rows=None) -> str:
+    rows = rows or [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def tiny(tmp_path, model_folder):
+    """Flags of a run of seconds, to be overridden."""
+    defaults = {
+        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "sums.jsonl"), "max_steps": 4,
+        "generation_batch_size": 16, "num_generations": 4, "max_completion_length": 6, "learning_rate": 1e-2,
+        "max_eval_samples": 4, "output_dir": str(tmp_path / "runs"), "device": "cpu", "bf16": False, "save_steps": 2,
+        "beta": 0.1,
+    }  # fmt: skip
+    return lambda **flags: Args(**{**defaults, **flags})
+
+
+@pytest.fixture(autouse=True)
+def graded_reward(monkeypatch):
+    """A reward that a random model gets now and then: the share of digits in its completion."""
+
+    def digit_reward(prompt, completion, answer):
+        return sum(c.isdigit() for c in completion) / max(1, len(completion))
+
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((digit_reward, 1.0), *grpo_llm.REWARDS))
+
+
+def run_folder(args: Args) -> Path:
+    (folder,) = Path(args.output_dir).iterdir()
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_learns_logs_and_saves(tiny, capsys):
+    args = tiny(max_steps=30, beta=0.0)
+    metrics = main(args)
+    folder = run_folder(args)
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+    assert json.loads((folder / "summary.json").read_text()) == metrics
+    assert metrics["eval/reward"] > metrics["eval/reward_before"] + 0.2
+    assert {"eval/accuracy", "eval/accuracy_before", "eval/kl", "seed", "wall_seconds"} <= set(metrics)
+    assert abs(metrics["eval/kl_before"]) < 1e-4 < metrics["eval/kl"]
+    tags = scalars(folder)
+    assert len(tags["train/reward"]) == 30 and tags["train/grad_norm"][0][1] > 0
+    assert max(value for _, value in tags["train/sampling/sampling_logp_difference/max"]) < 1e-4
+    assert max(value for _, value in tags["policy/approxkl_avg"]) < 1e-8 if "policy/approxkl_avg" in tags else True
+    assert tags["charts/learning_rate"][-1][1] == pytest.approx(1e-3)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids == make_tokenizer()("1+2=").input_ids
+    assert torch.equal(model.state_dict()["model.norm.weight"], weights(folder)["model.norm.weight"])
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_iterations": 2, "loss_type": "grpo", "importance_sampling_level": "sequence"}])
+def test_resume_is_exact(tiny, tmp_path, monkeypatch, flags):
+    whole = tiny(output_dir=str(tmp_path / "whole"), **flags)
+    main(whole)
+    broken = tiny(output_dir=str(tmp_path / "broken"), **flags)
+    real_save = grpo_llm.save_checkpoint
+
+    def save_and_die(path, state):
+        real_save(path, state)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(grpo_llm, "save_checkpoint", save_and_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(broken)
+    monkeypatch.setattr(grpo_llm, "save_checkpoint", real_save)
+    metrics = main(Args(resume=str(run_folder(broken))))
+    ours, theirs = weights(run_folder(broken)), weights(run_folder(whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    expected = json.loads((run_folder(whole) / "summary.json").read_text())
+    assert all(metrics[name] == expected[name] for name in expected if name != "wall_seconds")
+
+
+def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch):
+    whole = tiny(output_dir=str(tmp_path / "whole"))
+    main(whole)
+    broken = tiny(output_dir=str(tmp_path / "broken"), save_steps=100)
+    calls = []
+
+    def interrupt_in_the_third_step(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return group_advantages(*arguments)
+
+    monkeypatch.setattr(grpo_llm, "group_advantages", interrupt_in_the_third_step)
+    with pytest.raises(SystemExit) as stop:
+        main(broken)
+    assert stop.value.code == 130 and len(calls) == 3
+    assert AutoModelForCausalLM.from_pretrained(run_folder(broken) / "model").config.vocab_size == 20
+    main(Args(resume=str(run_folder(broken))))
+    ours, theirs = weights(run_folder(broken)), weights(run_folder(whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
+    reference = None
+    for number, flags in enumerate((
+        {}, {"max_tokens_per_microbatch": 24}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True},
+    )):  # fmt: skip
+        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, **flags)
+        main(args)
+        found = weights(run_folder(args))
+        reference = reference or found
+        assert all(torch.allclose(found[name], reference[name], atol=1e-5) for name in reference)
+
+
+def test_dropped_groups_count_in_the_denominator(tiny, tmp_path, monkeypatch):
+    """A group of equal rewards is dropped before the update; a tiny KL keeps it: both give the same parameters."""
+
+    def reward(prompt, completion, answer):
+        return 0.0 if prompt.startswith("0") else float(len(completion) % 2)
+
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((reward, 1.0),))
+    found = []
+    for number, beta in enumerate((0.0, 1e-12)):
+        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, beta=beta)
+        main(args)
+        found.append(weights(run_folder(args)))
+        assert 0 < scalars(run_folder(args))["train/frac_reward_zero_std"][0][1] < 1
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_truncated_completions_can_be_masked(tiny, monkeypatch):
+    masks = []
+
+    def spy(logprobs, old_logprobs, advantages, mask, *rest):
+        masks.append(mask)
+        return grpo_loss(logprobs, old_logprobs, advantages, mask, *rest)
+
+    monkeypatch.setattr(grpo_llm, "grpo_loss", spy)
+    args = tiny(max_steps=1, mask_truncated_completions=True)
+    main(args)
+    share = scalars(run_folder(args))["train/completions/clipped_ratio"][0][1]
+    assert 0 < share < 1
+    assert sum(int((~mask.any(1)).sum()) for mask in masks) == round(share * 16)
+
+
+def test_two_processes_equal_one(tiny, tmp_path):
+    """torchrun with two gloo processes: the same rollouts, and the same parameters to 1e-5 after three updates."""
+    args = tiny(max_steps=3, output_dir=str(tmp_path / "one"), beta=0.0)
+    main_without_patch = (
+        "import sys, grpo_llm, json; from grpo_llm import Args, main;"
+        "grpo_llm.REWARDS = ((lambda p, c, a: sum(x.isdigit() for x in c) / max(1, len(c)), 1.0),);"
+        "grpo_llm.REWARDS[0][0].__name__ = 'digits'; main(Args(**json.loads(sys.argv[1])))"
+    )
+    (tmp_path / "run.py").write_text(main_without_patch)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for count, folder in ((1, "one"), (2, "two")):
+        flags = {**grpo_llm.asdict(args), "output_dir": str(tmp_path / folder)}
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(tmp_path / "run.py"), json.dumps(flags)]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+    (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
+    ours, theirs = weights(two), weights(one)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    logs = scalars(one), scalars(two)
+    for tag in ("train/reward", "train/completions/mean_length", "train/num_tokens", "eval/reward", "train/loss"):
+        assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], abs=1e-5)
+
+
+def test_weights_are_fp32_masters_and_dropout_is_off(tmp_path):
+    model = make_model("gpt2").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    loaded = grpo_llm.load_model(str(tmp_path / "bf16"), "--model-name-or-path").train()
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(loaded(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    before = [p.detach().clone() for p in loaded.parameters()]
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    for _ in range(100):
+        for p in loaded.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    moved = sum(int((p != b).sum()) for p, b in zip(loaded.parameters(), before))
+    assert moved / sum(p.numel() for p in loaded.parameters()) > 0.99
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    grpo_llm.save_checkpoint(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+        with pytest.raises(SystemExit) as stop:
+            grpo_llm.save_checkpoint(path, {"step": 2, "x": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 2 and "--output-dir" in capsys.readouterr().err
+    assert torch.load(path, weights_only=True) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_non_finite_gradient_stops_with_the_step_and_a_saved_state(tiny, monkeypatch, capsys):
+    def explode(*arguments, **options):
+        loss, stats = grpo_loss(*arguments, **options)
+        return loss * math.nan, stats
+
+    monkeypatch.setattr(grpo_llm, "grpo_loss", explode)
+    args = tiny()
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2 and "step 1 is not finite" in capsys.readouterr().err
+    state = torch.load(run_folder(args) / "nonfinite.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in state["model"].values())
+
+
+BAD_INPUTS = {
+    "missing model": ({"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
+    "missing reward model": ({"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
+    "missing data": ({"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
+    "missing hub data": ({"dataset_name": "no/such-data"}, "--dataset-name no/such-data"),
+    "missing split": ({"dataset_name": "{data}", "dataset_train_split": "nope"}, None),
+    "data without a model": ({"model_name_or_path": None}, "--model-name-or-path"),
+    "group of one": ({"num_generations": 1}, "--num-generations"),
+    "batch that does not divide": ({"generation_batch_size": 18}, "--generation-batch-size 18"),
+    "no steps": ({"max_steps": 0}, "--max-steps"),
+    "temperature 0": ({"temperature": 0.0}, "--temperature"),
+    "negative length": ({"max_completion_length": -1}, "--max-completion-length"),
+    "too long for the context": ({"max_completion_length": 127}, "--max-completion-length"),
+    "no CUDA": ({"device": "cuda"}, "--device cuda"),
+    "no run folder": ({"resume": "nowhere"}, "--resume nowhere"),
+}
+BAD_INPUTS.pop("missing split")
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_sentence_and_code_2(tiny, case, capsys):
+    flags, words = BAD_INPUTS[case]
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    args = Args(**flags) if "resume" in flags else tiny(**flags)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not Path(args.output_dir).exists() or "resume" in flags
+
+
+BAD_ROWS = {
+    "broken line": ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n', "line 2"),
+    "not an object": ("[1, 2]\n", "line 1"),
+    "no prompt column": ('{"text": "1"}\n' * 9, "['text']"),
+    "empty prompt": ('{"prompt": " ", "answer": "1"}\n' * 9, "row 1 is empty"),
+    "no answer and no reward model": ('{"prompt": "1+1="}\n' * 9, "--reward-model-path"),
+    "too long a prompt": (json.dumps({"prompt": "1" * 126, "answer": "1"}) + "\n", "126 tokens"),
+    "empty file": ("", "0 training"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_named(tiny, tmp_path, case, capsys, monkeypatch):
+    monkeypatch.setattr(grpo_llm, "REWARDS", grpo_llm.REWARDS[1:])
+    text, words = BAD_ROWS[case]
+    (tmp_path / "bad.jsonl").write_text(text * (9 if case == "too long a prompt" else 1))
+    with pytest.raises(SystemExit) as stop:
+        main(tiny(dataset_name=str(tmp_path / "bad.jsonl")))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and "--dataset-name" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "good", [1.0]])
+def test_a_reward_that_is_no_number_names_the_prompt(tiny, monkeypatch, capsys, value):
+    def broken_reward(prompt, completion, answer):
+        return value
+
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((broken_reward, 1.0),))
+    with pytest.raises(SystemExit) as stop:
+        main(tiny())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "broken_reward returned" in error and "+" in error and error.count("\n") == 1
+
+
+def test_resume_refuses_other_flags_and_other_scripts(tiny, capsys):
+    args = tiny(max_steps=2)
+    main(args)
+    folder = run_folder(args)
+    with pytest.raises(SystemExit) as stop:
+        main(Args(resume=str(folder), learning_rate=1.0))
+    assert stop.value.code == 2 and "--learning-rate" in capsys.readouterr().err
+    saved = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**saved, "script": "dpo.py"}))
+    with pytest.raises(SystemExit) as stop:
+        main(Args(resume=str(folder)))
+    assert stop.value.code == 2 and "dpo.py" in capsys.readouterr().err
+
+
+def test_parquet_and_folders_load_like_json_lines(tiny, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "sums.parquet"))
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "folder" / "train.jsonl", rows[:5])
+    write_rows(tmp_path / "folder" / "test.jsonl", rows[5:])
+    train, test = grpo_llm.load_rows(tiny(dataset_name=str(tmp_path / "sums.parquet"), max_eval_samples=2))
+    assert (train, test) == (rows[:6], rows[6:])
+    assert grpo_llm.load_rows(tiny(dataset_name=str(tmp_path / "folder"))) == (rows[:5], rows[5:])
+
+
+def test_the_embedded_run_starts_from_its_supervised_model_and_resumes(tmp_path):
+    flags = {"output_dir": str(tmp_path), "sft_steps": 3, "max_steps": 2, "generation_batch_size": 16, "save_steps": 1,
+             "max_eval_samples": 8, "max_completion_length": 8, "device": "cpu", "bf16": False}  # fmt: skip
+    args = Args(**flags)
+    metrics = main(args)
+    folder = run_folder(args)
+    assert AutoModelForCausalLM.from_pretrained(folder / "sft").config.vocab_size == 15
+    assert AutoTokenizer.from_pretrained(folder / "model").decode([6, 8, 1], skip_special_tokens=True) == "46"
+    again = main(Args(resume=str(folder)))  # a finished run: evaluated again
+    assert {k: v for k, v in again.items() if k != "wall_seconds"} == {k: v for k, v in metrics.items() if k != "wall_seconds"}
+
+
+def test_real_files_run_end_to_end(shared, tmp_path):
+    """GSM8K through a real tokenizer and stop ids [1, 2]; then a reward model with another tokenizer than the policy's."""
+    flags = {"model_name_or_path": str(shared / "models/stories260K"), "output_dir": str(tmp_path), "max_steps": 1,
+             "generation_batch_size": 8, "num_generations": 4, "max_eval_samples": 4, "max_completion_length": 16,
+             "device": "cpu", "bf16": False}  # fmt: skip
+    rows = [json.loads(line) for line in (shared / "data/gsm8k/train.jsonl").read_text().splitlines()[:40]]
+    short = [row for row in rows if len(row["question"]) < 300]
+    gsm8k = main(Args(**flags, dataset_name=write_rows(tmp_path / "gsm8k.jsonl", short)))
+    assert gsm8k["eval/accuracy"] <= 0.5 and gsm8k["eval/mean_length"] > 1
+    prompts = write_rows(tmp_path / "stories.jsonl", [{"prompt": "Once upon a time"}] * 12)
+    rated = main(Args(**flags, dataset_name=prompts, reward_model_path=str(shared / "models/minilm-sentiment-rm")))
+    assert "eval/accuracy" not in rated and -6 < rated["eval/reward"] < 6
+    assert rated["eval/reward"] == pytest.approx(rated["eval/reward_model"])
