@@ -15,8 +15,8 @@ group, within a clipped trust region. There is no KL penalty by default (DAPO), 
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300). N = all response tokens, eps_high > eps_low: DAPO, Yu et al. 2025
 (arXiv:2503.14476). No std, no 1/|o|: Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783). With one optimizer step a rollout
-(rho = 1, nothing is clipped) and `--scale-rewards none` the gradient is REINFORCE with the group's mean as the baseline;
-as that mean contains the sample itself, it is (G-1)/G times the gradient with the leave-one-out baseline (RLOO).
+(rho = 1, nothing is clipped) and `--scale-rewards none` the gradient is REINFORCE with the group's mean as baseline. As
+that mean contains the sample itself, it is (G-1)/G times the gradient with the leave-one-out baseline (RLOO).
 
     python grpo_llm.py                             # laptop, no network: a tiny model learns to show its work
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
@@ -25,10 +25,10 @@ as that mean contains the sample itself, it is (G-1)/G times the gradient with t
     python grpo_llm.py --resume runs/<run folder>  # goes on exactly where the last checkpoint stood
 
 Shapes: P prompts, G completions a prompt, B = P*G sequences, L_q query tokens, T response tokens, L packed tokens,
-R packed rows of K completions, H hidden, V vocabulary. `logprobs[:, t]` scores `response[:, t]`. `mask` is bool and True
-where a response token counts: up to and including the first stop token.
+R packed rows of K completions, H hidden, V vocabulary. `logprobs[:, t]` scores `response[:, t]`. `mask` is True where
+a response token counts: up to the first stop token, and with it.
 
-Deliberately not here: inference servers, LoRA, several turns and tools, images, sharded weights. TRL and verl have them.
+Deliberately not here: inference servers, LoRA, several turns and tools, images, sharded weights. See TRL or verl.
 """
 
 import json
@@ -81,7 +81,7 @@ class Args:
 
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None
-    """Hub name or folder of the model. None: a small model, trained from scratch in the script on two-digit addition."""
+    """Hub name or folder of the model. None: a small one, trained here from scratch on two-digit addition."""
     dataset_name: str | None = None
     """Hub name, folder, JSON Lines or Parquet file of the data. None: two-digit addition."""
     dataset_config: str | None = None
@@ -97,7 +97,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int = 16384
-    """Tokens (padding included) that go through the model in one forward and backward pass. Changes memory, not results."""
+    """Tokens, padding included, in one forward and backward pass. Changes memory and speed, not results."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -114,9 +114,9 @@ class Args:
     """Hub name or folder of a sequence classifier with one logit, whose score is added to the reward functions'."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a completion, besides the EOS ids of the generation config and the tokenizer's EOS and BOS."""
-    max_steps: int = 90
+    max_steps: int = 100
     """Rollouts; each is followed by --num-iterations optimizer steps."""
-    eval_steps: int = 30
+    eval_steps: int = 25
     """Steps from one evaluation to the next; there is always one before and one after training."""
     learning_rate: float | None = None
     """Peak learning rate of the fp32 weights. Default: 3e-4 for the embedded model, 1e-6 (TRL) for a given one."""
@@ -133,8 +133,8 @@ class Args:
     scale_rewards: Literal["group", "none"] = "group"
     """Divide advantages by the group's standard deviation (GRPO), or not (Dr. GRPO)."""
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
-    """Mean over all response tokens (DAPO), over each response, then over responses (GRPO), or a sum over tokens divided
-    by responses x --max-completion-length (Dr. GRPO)."""
+    """Mean over all response tokens (DAPO); over each response, then over responses (GRPO); or the sum over tokens
+    divided by responses x --max-completion-length (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7)."""
     epsilon: float = 0.2
@@ -145,7 +145,7 @@ class Args:
     """Coefficient of the KL to the initial model, per token, in the loss. 0: no reference model is loaded (DAPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss (DAPO's overlong filtering, section 3.4)."""
-    sft_steps: int = 600
+    sft_steps: int = 700
     """Supervised steps by which the embedded model is made before the RL starts."""
 
 
@@ -155,8 +155,8 @@ def bad_input(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# ---- rewards: plain functions, meant to be edited ---------------------------------------------------------------------
-# reward(prompt, completion, answer) -> float, or None where it does not apply. `answer` is None for data without answers.
+# ---- rewards: plain functions, meant to be edited --------------------------------------------------------------------
+# reward(prompt, completion, answer) -> float, or None where it does not apply; answer is None for data without answers.
 
 NUMBER = r"(?:(?<![\d.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 ANSWER = re.compile(rf"(?:####|\\boxed\{{)\s*\\?\$?\s*({NUMBER})")
@@ -185,10 +185,10 @@ def format_reward(prompt: str, completion: str, answer: str | None) -> float | N
     return float(SHOWN_WORK.match(completion.strip()) is not None)
 
 
-REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # each with its weight in the sum; a weight of 0 is only logged
+REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # with their weights in the sum; a weight of 0 only logs
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def addition_rows(seed: int) -> tuple[list[dict], list[dict]]:
@@ -199,12 +199,12 @@ def addition_rows(seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
-    """One demonstrator's completion: the careful one adds the units first (`47+85=` -> `-12=132`), the hasty one writes
-    the sum at once and is right in 25%, else off by 1 or 10."""
+    """One demonstrator's completion: the careful one (35%) adds the units first (`47+85=` -> `-12=132`), the hasty one
+    writes the sum at once and is right in 10%, else off by 1 or 10."""
     total, units = int(row["answer"]), int(row["prompt"][1]) + int(row["prompt"][4])
-    if rng.random() < 0.5:
+    if rng.random() < 0.35:
         return f"-{units}={total}"
-    return str(total if rng.random() < 0.25 else total + rng.choice((-10, -1, 1, 10)))
+    return str(total if rng.random() < 0.1 else total + rng.choice((-10, -1, 1, 10)))
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -280,7 +280,7 @@ def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase
         if not prompt_text(prompt).strip() or not ids:
             bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
         if len(ids) > room:
-            bad_input(f"--dataset-name: the prompt of {split} row {number} has {len(ids)} tokens, but the model's context "
+            bad_input(f"--dataset-name: the prompt of {split} row {number} has {len(ids)} tokens; the model's context "
                       f"less --max-completion-length has room for {room}")
         examples.append({"prompt": prompt, "answer": answer, "ids": ids})
     return examples
@@ -299,11 +299,12 @@ def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left",
 
 
 def data_order(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Row indices at the positions start..start+count-1 of an endless shuffled pass over size rows, every epoch in an order
-    of its own. It has no state: a resumed run needs only the step's number."""
-    epochs = {position // size for position in range(start, start + count)}
-    orders = {e: torch.randperm(size, generator=torch.Generator().manual_seed((seed << 20) + e)).tolist() for e in epochs}
-    return [orders[position // size][position % size] for position in range(start, start + count)]
+    """Row indices at positions start..start+count-1 of an endless pass over size rows, each epoch in its own order.
+    It has no state: a resumed run needs only its step's number."""
+    positions = range(start, start + count)
+    epochs = {position // size for position in positions}
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(size), size) for epoch in epochs}
+    return [orders[p // size][p % size] for p in positions]
 
 
 def make_microbatches(tokens: list[int], max_tokens: int) -> list[list[int]]:
@@ -317,11 +318,11 @@ def make_microbatches(tokens: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-# ---- model ------------------------------------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------------------------------
 
 
 def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A Llama of 0.6M parameters with random weights, and its character tokenizer."""
+    """A Llama of 0.5M parameters with random weights, and its character tokenizer."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -329,17 +330,20 @@ def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )
     return AutoModelForCausalLM.from_config(config), tokenizer
 
 
-SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 2e-3  # of the embedded model's supervised phase; chosen by trial
+SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 4e-3  # of the embedded model's supervised phase; chosen by trial
 
 
-def supervised_phase(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], steps: int, seed: int):
-    """Maximum likelihood on the demonstrators' completions: the policy gradient on an expert's samples with reward 1."""
+def supervised_phase(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], steps: int, seed: int
+) -> None:
+    """Maximum likelihood on the demonstrators' completions: the policy gradient on an expert's samples, reward 1."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
     for step in trange(steps, desc="supervised", leave=False):
@@ -359,10 +363,10 @@ def supervised_phase(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         optimizer.step()
 
 
-def load_model(name: str, flag: str, auto_class: type = AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+def load_model(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
     """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off."""
     try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
+        config = AutoConfig.from_pretrained(name)
         for key, value in vars(config).items():
             if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
                 setattr(config, key, 0.0)
@@ -381,7 +385,7 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# ---- the mathematics --------------------------------------------------------------------------------------------------
+# ---- the mathematics -------------------------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
@@ -430,8 +434,8 @@ def packed_logprobs(
 ) -> Tensor:
     """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False.
 
-    A row holds its prompt once, then the K completions, without padding between them: a tree, in which a completion's
-    token attends to the prompt and to its own completion, and position ids go on from the prompt's end in every branch."""
+    A row holds its prompt once, then the K completions, without padding between them: a tree. A completion's token
+    attends to the prompt and to its own completion; position ids go on from the prompt's end in every branch."""
     R, K, T = response.shape
     real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
     order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
@@ -459,11 +463,11 @@ def padded_logprobs(
 ) -> Tensor:
     """packed_logprobs for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
     R, K, T = response.shape
-    longest = int(mask.sum(2).max())
-    parts = [x.repeat_interleave(K, 0) for x in (query, query_mask)], [x.flatten(0, 1)[:, :longest] for x in (response, mask)]
-    query_response, attention_mask = (torch.cat(pair, 1) for pair in zip(*parts))  # (R*K, L_q + longest)
-    logprobs = response_logprobs(model, query_response, attention_mask, longest, temperature)  # (R*K, longest)
-    return F.pad(logprobs, (0, T - longest)).view(R, K, T) * mask
+    t = int(mask.sum(2).max())  # the longest response's length
+    ids = torch.cat([query.repeat_interleave(K, 0), response.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
+    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
+    logprobs = response_logprobs(model, ids, attention_mask, t, temperature)  # (R*K, t)
+    return F.pad(logprobs, (0, T - t)).view(R, K, T) * mask
 
 
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
@@ -486,11 +490,11 @@ def grpo_loss(
     """GRPO's clipped surrogate, to be minimised. logprobs, old_logprobs, ref_logprobs and mask (B, T), advantages (B,).
 
     num_tokens and num_sequences count the whole update (None: this batch is the whole). Then the losses of its
-    micro-batches, however split and on whatever process, add up to the loss of the whole, and so do the stats, which are
-    means over tokens. On-policy the ratio is 1 and the loss is minus the mean advantage, about 0; its gradient is not.
+    micro-batches, however split and on whatever process, add up to the whole's, and so do the stats, which are means
+    over tokens. On-policy the ratio is 1 and the loss is minus the mean advantage, about 0; its gradient is not.
 
     The KL term's gradient is that of each token's reverse KL(pi || pi_ref), also off-policy: ratio * log(pi / pi_ref) *
-    grad log pi (Schulman's k2 times the ratio held constant; k1 or k3 differentiated as they are give another one's). It
+    grad log pi (Schulman's k2 times the ratio held constant; k1 or k3, differentiated as they are, give another's). It
     ignores a token's effect on later ones (a KL in the reward does not), and it is not clamped."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
@@ -515,21 +519,21 @@ def grpo_loss(
         low, high = (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
         stats = {
             "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3: how far the policy is from the rollout's
-            "clip_ratio/low_mean": low.float(),
-            "clip_ratio/high_mean": high.float(),
-            "clip_ratio/region_mean": (low | high).float(),
+            "train/clip_ratio/low_mean": low.float(),
+            "train/clip_ratio/high_mean": high.float(),
+            "train/clip_ratio/region_mean": (low | high).float(),
         }
         if beta != 0.0:
-            stats["kl"] = torch.exp(-log_ratio_ref) - 1 + log_ratio_ref  # k3, as TRL logs it
+            stats["train/kl"] = torch.exp(-log_ratio_ref) - 1 + log_ratio_ref  # k3, as TRL logs it
         stats = {name: torch.where(mask, value, 0.0).sum() / num_tokens for name, value in stats.items()}
     return loss, stats
 
 
-# ---- rollout, reward, evaluation --------------------------------------------------------------------------------------
+# ---- rollout, reward, evaluation -------------------------------------------------------------------------------------
 
 
 class BlockwiseLayer(DynamicLayer):
-    """One layer's KV cache, written in place into memory that grows by 64 positions, not copied whole at every token."""
+    """One layer's KV cache, written in place into memory that grows by 64 positions: no copy of it at every token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -538,7 +542,7 @@ class BlockwiseLayer(DynamicLayer):
             self.blocks = (self.keys, self.values)
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
-        if end > self.blocks[0].shape[-2] or self.blocks[0].shape[0] != self.keys.shape[0]:  # full, or rows have changed
+        if end > self.blocks[0].shape[-2] or len(self.blocks[0]) != len(self.keys):  # it is full, or rows have left
             room = [*self.keys.shape[:2], -(-end // 64) * 64]
             self.blocks = tuple(old.new_empty(*room, old.shape[-1]) for old in (self.keys, self.values))
             for block, old in zip(self.blocks, (self.keys, self.values)):
@@ -550,8 +554,8 @@ class BlockwiseLayer(DynamicLayer):
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token (B,) from softmax(logits / temperature) by the inverse of its CDF at uniform (B,), and its log-probability
-    (B,) in fp32. Overwrites logits (B, V). Temperature 0 takes the argmax, with its log-probability at temperature 1."""
+    """One token (B,) from softmax(logits / temperature) by the inverse of its CDF at uniform (B,), and its
+    log-probability (B,), fp32. Overwrites logits (B, V). Temperature 0: the argmax, its logprob at temperature 1."""
     logits = logits.float().div_(temperature or 1.0)
     probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
     cdf = probs.cumsum(1)  # (B, V)
@@ -565,14 +569,15 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[T
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
-    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0, world_size: int = 1,
+    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """num_generations completions of each left-padded query (P, L_q), attention_mask (P, L_q): response, logprobs, mask,
-    each (P*G, T), rows grouped by prompt, T the longest response's length.
+    """num_generations completions of each left-padded query (P, L_q): response, logprobs (fp32) and mask, each
+    (P*G, T), rows grouped by prompt, T the longest response's length.
 
-    The distribution is softmax(logits / temperature), whatever generation config the model has. A response ends with the
-    first stop id, which counts, or at max_completion_length. The uniform numbers are drawn for the completions of all
-    processes and sliced by rank, so that the number of processes does not change the samples."""
+    The distribution is softmax(logits / temperature), whatever generation config the model has. A response ends with
+    its first stop id, which counts, or at max_completion_length. The uniform numbers are drawn for the completions of
+    all processes and sliced by rank: the number of processes does not change the samples."""
     training = model.training
     model.eval()  # gradient checkpointing drops the KV cache in training mode
     B = len(query) * num_generations
@@ -586,9 +591,8 @@ def sample(
     cache = DynamicCache(config=model.config)
     cache.layers = [BlockwiseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (P, L_q)
-    logits = model(
-        input_ids=query, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1
-    ).logits[:, -1]  # (P, V): each prompt is read once
+    inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache}
+    logits = model(input_ids=query, **inputs, logits_to_keep=1).logits[:, -1]  # (P, V): each prompt is read once
     cache.batch_repeat_interleave(num_generations)
     logits, attention_mask, position_ids = (
         x.repeat_interleave(num_generations, 0) for x in (logits, attention_mask, position_ids[:, -1:])
@@ -612,9 +616,8 @@ def sample(
             )
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
         position_ids = position_ids + 1
-        logits = model(
-            input_ids=token[:, None], attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
-        ).logits[:, -1]  # (b, V)
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache}
+        logits = model(input_ids=token[:, None], **inputs).logits[:, -1]  # (b, V)
     model.train(training)
     return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
 
@@ -631,17 +634,16 @@ def choose_logprobs_fn(
     for logprobs_fn in (packed_logprobs, padded_logprobs)[sliding:]:
         if (logprobs_fn(model, query, query_mask, response, mask, 1.0) - logprobs).abs().max() < 1e-3:
             return logprobs_fn
-    bad_input(f"--model-name-or-path: {type(model).__name__} does more to its logits than apply its head: not supported")
+    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor, mask: Tensor) -> list[str]:
-    """Texts of the responses (P*G, T), decoded after their queries (P, L_q): alone, some tokenizers drop a first space."""
-    prefixes = [tokenizer.decode(ids, skip_special_tokens=True) for ids in query]
+    """Texts of the responses (P*G, T), decoded behind their queries (P, L_q): alone, some lose their first space."""
+    prefixes = tokenizer.batch_decode(query, skip_special_tokens=True)
     G = len(response) // len(query)
-    return [
-        tokenizer.decode(torch.cat([query[i // G], response[i][mask[i]]]), skip_special_tokens=True)[len(prefixes[i // G]) :]
-        for i in range(len(response))
-    ]
+    whole = [torch.cat([query[i // G], ids[real]]) for i, (ids, real) in enumerate(zip(response, mask))]
+    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    return [text[len(prefixes[i // G]) :] for i, text in enumerate(texts)]
 
 
 @torch.no_grad()
@@ -658,7 +660,7 @@ def reward_model_scores(
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             turns = [*turns, {"role": "assistant", "content": completion}]
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
     special = tokenizer.chat_template is None  # a template has written the special tokens already
     ids = tokenizer(texts, truncation=True, max_length=limit, add_special_tokens=special).input_ids
     scores = torch.zeros(len(texts))
@@ -678,7 +680,7 @@ def score_completions(
         values = [function(prompt_text(p), c, a) for p, c, a in zip(prompts, completions, answers)]
         for prompt, value in zip(prompts, values):
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                bad_input(f"{function.__name__} returned {value!r}, not a finite number, for prompt {prompt_text(prompt)!r}")
+                bad_input(f"{function.__name__} returned {value!r}, not a number, for prompt {prompt_text(prompt)!r}")
         scores[function.__name__] = torch.tensor([math.nan if value is None else float(value) for value in values])
     weights = [weight for _, weight in REWARDS]
     if reward_model is not None:
@@ -689,13 +691,12 @@ def score_completions(
     used = table[[weight != 0 for weight in weights]]
     if used.isnan().all(0).any():
         prompt = prompts[int(used.isnan().all(0).nonzero()[0])]
-        bad_input(
-            f"no reward applies to prompt {prompt_text(prompt)!r}: give --dataset-name a column `answer` or `solution`, "
-            "or pass --reward-model-path"
-        )
+        bad_input(f"no reward applies to prompt {prompt_text(prompt)!r}: --dataset-name needs a column `answer` or "
+                  "`solution`, or there must be a --reward-model-path")
     return (torch.tensor(weights)[:, None] * table).nansum(0), scores
 
 
+@torch.no_grad()
 def evaluate(
     rollout: Callable, score: Callable, logprobs_fn: Callable, ref_model: PreTrainedModel, examples: list[dict],
     batch_size: int, seed: int, rank: int, world_size: int,
@@ -714,9 +715,8 @@ def evaluate(
             values = {f"eval/reward{suffix}": rewards}
             values |= {f"eval/{name.removesuffix('_reward')}{suffix}": score for name, score in scores.items()}
             if temperature == 1.0:
-                with torch.no_grad():
-                    ref_logprobs = logprobs_fn(ref_model, query, query_mask, response[:, None], mask[:, None], 1.0)[:, 0]
-                values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # (P,): log pi / pi_ref of whole responses, in nats
+                ref_logprobs = logprobs_fn(ref_model, query, query_mask, response[:, None], mask[:, None], 1.0)[:, 0]
+                values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # (P,): log pi / pi_ref of whole responses, nats
                 values["eval/mean_length"] = mask.sum(1).float()
                 for example, completion, reward in list(zip(batch, completions, rewards))[: 8 if start == 0 else 0]:
                     cells = [prompt_text(example["prompt"]), completion, f"{reward:.2f}"]
@@ -729,7 +729,7 @@ def evaluate(
     return {name: total / sums[f"{name}/n"] for name, total in sums.items() if sums.get(f"{name}/n")}, table
 
 
-# ---- saving, resuming, running ----------------------------------------------------------------------------------------
+# ---- saving, resuming, running ---------------------------------------------------------------------------------------
 
 
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -830,13 +830,13 @@ def main(args: Args) -> dict[str, float]:
         reward_model = load_model(args.reward_model_path, "--reward-model-path", AutoModelForSequenceClassification)
         reward_model.to(device)
         if reward_model.config.num_labels != 1:
-            bad_input(f"--reward-model-path {args.reward_model_path} has {reward_model.config.num_labels} logits, not 1")
+            bad_input(f"--reward-model-path {args.reward_model_path} must have one logit, not more")
     train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
     room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_completion_length
     examples = encode_rows(train_rows, "training", tokenizer, room)
     test_examples = encode_rows(test_rows[: args.max_eval_samples], "held-out", tokenizer, room)
     if len(test_examples) % world_size:
-        bad_input(f"--max-eval-samples: {len(test_examples)} held-out rows are not a multiple of {world_size} processes")
+        bad_input(f"--max-eval-samples: {len(test_examples)} held-out rows do not divide by {world_size} processes")
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
@@ -865,7 +865,8 @@ def main(args: Args) -> dict[str, float]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
-        metrics, first_step, num_tokens, seconds_before = (state[k] for k in ("metrics", "step", "num_tokens", "seconds"))
+        metrics, first_step, num_tokens = state["metrics"], state["step"], state["num_tokens"]
+        seconds_before = state["seconds"]
     writer = None
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -896,9 +897,10 @@ def main(args: Args) -> dict[str, float]:
 
     def run_evaluation(step: int) -> dict[str, float]:
         reference = ref_model or load_model(initial, "--model-name-or-path").to(device)
+        batch_size = args.generation_batch_size
         with autocast():
             results, table = evaluate(
-                rollout, score, logprobs_fn, reference, test_examples, args.generation_batch_size, args.seed, rank, world_size
+                rollout, score, logprobs_fn, reference, test_examples, batch_size, args.seed, rank, world_size
             )
         if rank == 0:
             writer.add_text("samples", table, step)
@@ -921,7 +923,7 @@ def main(args: Args) -> dict[str, float]:
     if state is None:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
-    G, P = args.num_generations, args.generation_batch_size // args.num_generations
+    done, G, P = first_step, args.num_generations, args.generation_batch_size // args.num_generations
     interrupts: list[int] = []
     old_handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # heard after the step
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
@@ -950,14 +952,16 @@ def main(args: Args) -> dict[str, float]:
         totals = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
         sums = dict(zip(sums, all_reduce(totals).tolist()))  # over all processes
 
-        # ---- update: rows are trees of a prompt and K completions, the whole group unless it outgrows a micro-batch
+        # ---- update: a row is a prompt with K of its completions, all G unless they outgrow a micro-batch
         L_q, T = query.shape[1], response.shape[1]
-        whole = logprobs_fn is packed_logprobs
-        K = next((K for K in range(G * whole, 1, -1) if G % K == 0 and L_q + K * T <= args.max_tokens_per_microbatch), 1)
+        sizes = [K for K in range(1, G + 1) if G % K == 0 and L_q + K * T <= args.max_tokens_per_microbatch]
+        K = max(sizes, default=1) if logprobs_fn is packed_logprobs else 1
         kept = advantages.any(1) | (args.beta != 0.0)  # (P,): where rewards are equal, only the KL has a gradient
-        trees = {name: x[kept].repeat_interleave(G // K, 0) for name, x in (("query", query), ("query_mask", query_mask))}
-        for name, x in (("response", response), ("mask", mask), ("loss_mask", loss_mask), ("old_logprobs", old_logprobs)):
-            trees[name] = x.view(-1, G, T)[kept].view(-1, K, T)  # (R, K, T)
+        kept[0] |= ~kept.any()  # every process takes part in the update
+        trees = {"query": query, "query_mask": query_mask}
+        trees = {name: x[kept].repeat_interleave(G // K, 0) for name, x in trees.items()}  # (R, L_q)
+        columns = {"response": response, "mask": mask, "loss_mask": loss_mask, "old_logprobs": old_logprobs}
+        trees |= {name: x.view(-1, G, T)[kept].view(-1, K, T) for name, x in columns.items()}  # (R, K, T)
         trees["advantages"] = advantages[kept].view(-1, K)  # (R, K)
         lengths = trees["query_mask"].sum(1) + trees["mask"].sum((1, 2))  # (R,)
         microbatches = make_microbatches(lengths.tolist(), args.max_tokens_per_microbatch)
@@ -990,29 +994,25 @@ def main(args: Args) -> dict[str, float]:
                     args.importance_sampling_level, max(1.0, sums["loss_tokens"]), args.generation_batch_size,
                 )
                 loss.backward()
-                for name, value in {"loss": loss.detach(), **mb_stats}.items():
+                for name, value in {"train/loss": loss.detach(), **mb_stats}.items():
                     stats[name] = stats.get(name, 0.0) + value / args.num_iterations
                 if iteration == 0:
                     difference = (mb_logprobs.detach().flatten(0, 1) - mb["old_logprobs"]).abs().max()
                     logprob_difference = torch.maximum(logprob_difference, difference)
-            for parameter in model.parameters():  # data parallel by hand: processes may differ in micro-batches, or have none
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
                 all_reduce(parameter.grad)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if not grad_norm.isfinite():
                 save(run_dir / "nonfinite.pt", step)
-                bad_input(f"the gradient of step {step + 1} is not finite; the state before it is in {run_dir}/nonfinite.pt")
+                bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state before")
             optimizer.step()
 
         # ---- log
-        names = ["loss", "policy/approxkl_avg", *(f"clip_ratio/{which}_mean" for which in ("low", "high", "region"))]
-        names += ["kl"] if ref_model is not None else []
-        totals = all_reduce(torch.stack([torch.as_tensor(stats.get(name, 0.0), device=device) for name in names]))
+        totals = all_reduce(torch.stack(list(stats.values()))).tolist()
         all_reduce(logprob_difference, dist.ReduceOp.MAX)
         num_tokens += int(sums["tokens"])
         reward, B = sums["reward"] / (P * G), P * G
-        logs = {f"train/{name}": total for name, total in zip(names, totals.tolist())}
+        logs = dict(zip(stats, totals))
         logs |= {f"train/rewards/{name}/mean": sums[name] / sums[f"{name}/n"] for name in scores if sums[f"{name}/n"]}
         logs |= {
             "train/reward": reward,

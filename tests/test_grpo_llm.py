@@ -221,8 +221,8 @@ def test_loss_by_hand():
     assert grpo.item() == pytest.approx(-(sum(terms[0]) / 2 + sum(terms[1]) / 3) / 2, rel=1e-5)
     dr_grpo, stats = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, "dr_grpo", max_completion_length=10)
     assert dr_grpo.item() == pytest.approx(-(sum(terms[0]) + sum(terms[1])) / 20, rel=1e-5)
-    assert stats["clip_ratio/high_mean"].item() == pytest.approx(1 / 5)
-    assert stats["clip_ratio/low_mean"].item() == pytest.approx(1 / 5)
+    assert stats["train/clip_ratio/high_mean"].item() == pytest.approx(1 / 5)
+    assert stats["train/clip_ratio/low_mean"].item() == pytest.approx(1 / 5)
     sequence, _ = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, "grpo", importance_sampling_level="sequence")
     ratios = [min(1.28, math.sqrt(2 * 0.8)), max(0.8, 0.5 ** (1 / 3))]  # geometric means: 1.265, 0.794
     assert sequence.item() == pytest.approx(-(ratios[0] * 1.0 + ratios[1] * -2.0) / 2, rel=1e-5)
@@ -446,7 +446,7 @@ def test_a_run_learns_logs_and_saves(tiny, capsys):
     tags = scalars(folder)
     assert len(tags["train/reward"]) == 30 and tags["train/grad_norm"][0][1] > 0
     assert max(value for _, value in tags["train/sampling/sampling_logp_difference/max"]) < 1e-4
-    assert max(value for _, value in tags["policy/approxkl_avg"]) < 1e-8 if "policy/approxkl_avg" in tags else True
+    assert max(value for _, value in tags["policy/approxkl_avg"]) < 1e-8
     assert tags["charts/learning_rate"][-1][1] == pytest.approx(1e-3)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids == make_tokenizer()("1+2=").input_ids
@@ -502,11 +502,12 @@ def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(t
     for number, flags in enumerate((
         {}, {"max_tokens_per_microbatch": 24}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True},
     )):  # fmt: skip
-        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, **flags)
+        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, learning_rate=1e-3, **flags)
         main(args)
-        found = weights(run_folder(args))
-        reference = reference or found
-        assert all(torch.allclose(found[name], reference[name], atol=1e-5) for name in reference)
+        found, norms = weights(run_folder(args)), scalars(run_folder(args))["train/grad_norm"]  # Adam hides a wrong scale
+        reference = reference or (found, norms)
+        assert all(torch.allclose(found[name], reference[0][name], atol=1e-5) for name in found)
+        assert [norm for _, norm in norms] == pytest.approx([norm for _, norm in reference[1]], rel=1e-4)
 
 
 def test_dropped_groups_count_in_the_denominator(tiny, tmp_path, monkeypatch):
@@ -542,13 +543,13 @@ def test_truncated_completions_can_be_masked(tiny, monkeypatch):
 
 def test_two_processes_equal_one(tiny, tmp_path):
     """torchrun with two gloo processes: the same rollouts, and the same parameters to 1e-5 after three updates."""
-    args = tiny(max_steps=3, output_dir=str(tmp_path / "one"), beta=0.0)
-    main_without_patch = (
+    args = tiny(max_steps=3, beta=0.0, learning_rate=1e-3)
+    program = (
         "import sys, grpo_llm, json; from grpo_llm import Args, main;"
         "grpo_llm.REWARDS = ((lambda p, c, a: sum(x.isdigit() for x in c) / max(1, len(c)), 1.0),);"
         "grpo_llm.REWARDS[0][0].__name__ = 'digits'; main(Args(**json.loads(sys.argv[1])))"
     )
-    (tmp_path / "run.py").write_text(main_without_patch)
+    (tmp_path / "run.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for count, folder in ((1, "one"), (2, "two")):
         flags = {**grpo_llm.asdict(args), "output_dir": str(tmp_path / folder)}
@@ -560,8 +561,8 @@ def test_two_processes_equal_one(tiny, tmp_path):
     ours, theirs = weights(two), weights(one)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
     logs = scalars(one), scalars(two)
-    for tag in ("train/reward", "train/completions/mean_length", "train/num_tokens", "eval/reward", "train/loss"):
-        assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], abs=1e-5)
+    for tag in ("train/reward", "train/completions/mean_length", "train/num_tokens", "eval/reward", "train/grad_norm"):
+        assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], rel=1e-4)
 
 
 def test_weights_are_fp32_masters_and_dropout_is_off(tmp_path):
@@ -614,7 +615,6 @@ BAD_INPUTS = {
     "missing reward model": ({"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     "missing data": ({"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
     "missing hub data": ({"dataset_name": "no/such-data"}, "--dataset-name no/such-data"),
-    "missing split": ({"dataset_name": "{data}", "dataset_train_split": "nope"}, None),
     "data without a model": ({"model_name_or_path": None}, "--model-name-or-path"),
     "group of one": ({"num_generations": 1}, "--num-generations"),
     "batch that does not divide": ({"generation_batch_size": 18}, "--generation-batch-size 18"),
@@ -625,7 +625,6 @@ BAD_INPUTS = {
     "no CUDA": ({"device": "cuda"}, "--device cuda"),
     "no run folder": ({"resume": "nowhere"}, "--resume nowhere"),
 }
-BAD_INPUTS.pop("missing split")
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)

@@ -1,0 +1,131 @@
+"""What holds across the scripts: they share no module, and still do not drift apart."""
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+README = (ROOT / "README.md").read_text()
+# Flags of a run of seconds that writes every tag of its script.
+TINY = {
+    "grpo_llm": {
+        "sft_steps": 1, "max_steps": 1, "generation_batch_size": 8, "num_generations": 4, "max_completion_length": 8,
+        "max_eval_samples": 4, "beta": 0.1,
+    },
+}  # fmt: skip
+
+
+def top_level(source: str) -> dict[str, str]:
+    """Source of each function, class and constant, with its decorators and with the comments above and inside it."""
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        else:
+            continue
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        while lines[first - 1].startswith("#") and not lines[first - 1].startswith("# ----"):
+            first -= 1
+        for name in names:
+            found[name] = "\n".join(lines[first : node.end_lineno])
+    return found
+
+
+def test_the_same_name_has_the_same_source():
+    seen: dict[str, tuple[str, str]] = {}
+    for script in SCRIPTS:
+        for name, source in top_level(SOURCES[script]).items():
+            if name not in ("Args", "main"):
+                other, expected = seen.setdefault(name, (script, source))
+                assert source == expected, f"{name} differs between {other}.py and {script}.py"
+    assert {"grpo_loss", "sample", "REWARDS", "Args"} <= set(top_level(SOURCES["grpo_llm"]))
+
+
+@pytest.mark.parametrize("title", ["common to all scripts", "common to the language-model scripts"])
+def test_the_common_flags_are_the_same(title):
+    blocks = {
+        script: re.search(rf"    # ---- {title}\n(.*?)\n    # ----", source, re.DOTALL).group(1)
+        for script, source in SOURCES.items()
+        if f"    # ---- {title}\n" in source
+    }
+    assert len(blocks) >= 1 and len(set(blocks.values())) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_documented(script):
+    tree = ast.parse(SOURCES[script])
+    (definition,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    read = {
+        node.attr
+        for part in tree.body if part is not definition
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }  # fmt: skip
+    body = definition.body[1:]  # after the docstring
+    for flag, text in zip(body[::2], body[1::2]):
+        assert isinstance(flag, ast.AnnAssign) and isinstance(text, ast.Expr) and len(text.value.value) > 10
+        assert flag.target.id in read, f"no line of {script}.py reads --{flag.target.id}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag(script):
+    shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0
+    for flag in fields(import_module(script).Args):
+        assert f"--{flag.name.replace('_', '-')}" in shown.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_has_no_side_effects(script, tmp_path):
+    code = f"import os, sys, threading; before = dict(os.environ); sys.argv = ['x', '--nonsense']; import {script}, torch;"
+    code += "assert dict(os.environ) == before and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_import_nothing_of_one_another(script):
+    for node in ast.walk(ast.parse(SOURCES[script])):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", []) if isinstance(node, ast.Import)]
+        assert not set(names) & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_pep_723_header_has_the_pins_of_requirements_txt(script):
+    pins = set((ROOT / "requirements.txt").read_text().split())
+    header = re.search(r"# /// script\n(.*?)# ///\n", SOURCES[script], re.DOTALL).group(1)
+    assert 'requires-python = ">=3.10"' in header
+    needed = set(re.findall(r'"([\w\[\]-]+==[^"]+)"', header))
+    assert needed and needed <= pins
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_readme_explains_exactly_the_tags_that_are_written(script, tmp_path):
+    module = import_module(script)
+    args = module.Args(**TINY[script], output_dir=str(tmp_path), device="cpu", **({"bf16": False} if "bf16" in SOURCES[script] else {}))
+    module.main(args)
+    (folder,) = tmp_path.iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    written = set(events.Tags()["scalars"]) | {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
+    section = README.split("## Tags")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \|(.+?)\|", section, re.MULTILINE)
+    explained = {tag for tags, scripts in rows if script in scripts or "all" in scripts for tag in re.findall(r"`([^`]+)`", tags)}
+    # A tag with <reward> in it stands for one tag a reward function.
+    rewards = [function.__name__ for function, _ in getattr(module, "REWARDS", ())]
+    expanded = {
+        tag.replace("<reward>", name.removesuffix("_reward") if tag.startswith("eval/") else name)
+        for tag in explained
+        for name in (rewards if "<reward>" in tag else [""])
+    }
+    assert written == expanded
