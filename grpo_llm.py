@@ -53,7 +53,6 @@ import transformers
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -90,7 +89,7 @@ class Args:
     """Split to train on."""
     dataset_test_split: str = "test"
     """Split to evaluate on. Where the data has none, the last --max-eval-samples training rows are held out."""
-    max_eval_samples: int = 256
+    max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
     """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default where there is CUDA."""
@@ -114,12 +113,12 @@ class Args:
     """Hub name or folder of a sequence classifier with one logit, whose score is added to the reward functions'."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a completion, besides the EOS ids of the generation config and the tokenizer's EOS and BOS."""
-    max_steps: int = 100
+    max_steps: int = 150
     """Rollouts; each is followed by --num-iterations optimizer steps."""
-    eval_steps: int = 25
+    eval_steps: int = 50
     """Steps from one evaluation to the next; there is always one before and one after training."""
     learning_rate: float | None = None
-    """Peak learning rate of the fp32 weights. Default: 3e-4 for the embedded model, 1e-6 (TRL) for a given one."""
+    """Peak learning rate of the fp32 weights. Default: 1e-3 for the embedded model, 1e-6 (TRL) for a given one."""
     generation_batch_size: int = 256
     """Completions a rollout, over all prompts and processes."""
     num_generations: int = 8
@@ -397,22 +396,48 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type:
     return 1 - (1 - min_lr_rate) * decay
 
 
-LOGITS_PER_CHUNK = 2**24  # 64 MB in fp32
+TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit a cache; 256 MB mean few kernels
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature) of target, by tiles: the logits (N, V) never exist, forth or back."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+        rows, columns = TILE[hidden.device.type]
+        logsumexp = torch.empty(len(hidden), device=hidden.device)  # (N,)
+        for row in range(0, len(hidden), rows):
+            h = hidden[row : row + rows].to(dtype)  # (n, H)
+            parts = [(h @ w.to(dtype).T).float().div_(temperature).logsumexp(1) for w in weight.split(columns)]
+            logsumexp[row : row + rows] = torch.stack(parts).logsumexp(0)
+        ctx.save_for_backward(hidden, weight, target, logsumexp)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        return (hidden.to(dtype).float() * weight[target].to(dtype).float()).sum(1) / temperature - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        hidden, weight, target, logsumexp = ctx.saved_tensors
+        rows, columns = TILE[hidden.device.type]
+        grad = (grad / ctx.temperature)[:, None]  # (N, 1); d logprob / d logits = onehot(target) - softmax
+        d_hidden = grad * weight[target]  # (N, H)
+        d_weight = torch.zeros_like(weight).index_add_(0, target, grad * hidden.float())  # (V, H)
+        for row in range(0, len(hidden), rows):
+            part = slice(row, row + rows)
+            h = hidden[part].to(ctx.dtype)  # (n, H)
+            for column in range(0, len(weight), columns):
+                w = weight[column : column + columns].to(ctx.dtype)  # (v, H)
+                probs = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[part, None]).exp_()  # (n, v)
+                probs = probs.mul_(grad[part]).to(ctx.dtype)
+                d_hidden[part] -= probs @ w
+                d_weight[column : column + columns] -= probs.T @ h
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (N,) in fp32 of the tokens target (N,) after the final hidden states (N, H).
-
-    The logits are made in chunks that the backward pass recomputes: no (N, V) tensor is ever whole."""
-    head = model.get_output_embeddings()
-
-    def chunk_logprobs(hidden: Tensor, target: Tensor) -> Tensor:
-        logits = head(hidden).float() / temperature  # (N_chunk, V)
-        return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
-
-    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    chunks = zip(hidden.split(size), target.split(size))
-    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    """Log-probabilities (N,) in fp32 of the tokens target (N,) after the final hidden states (N, H)."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature, dtype)
 
 
 def response_logprobs(
@@ -842,6 +867,8 @@ def main(args: Args) -> dict[str, float]:
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
     run_time = int(all_reduce(torch.tensor(start_time if rank == 0 else 0.0, dtype=torch.float64, device=device)))
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
+    if rank == 0 and state is None and run_dir.exists():
+        bad_input(f"--output-dir: {run_dir} exists; another run with this --exp-name and --seed started this second")
     if embedded and state is None:
         initial = str(run_dir / "sft")
         if rank == 0:
@@ -856,7 +883,7 @@ def main(args: Args) -> dict[str, float]:
     eos_ids = model.generation_config.eos_token_id
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     stop_ids = sorted({*args.stop_token_ids, *eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
-    peak_lr = args.learning_rate or (3e-4 if embedded else 1e-6)
+    peak_lr = args.learning_rate or (1e-3 if embedded else 1e-6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(args.seed)
     metrics: dict[str, float] = {}
@@ -877,7 +904,7 @@ def main(args: Args) -> dict[str, float]:
             rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
             writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
 
-    # ---- the three things that training and evaluation share
+    # ---- what training and evaluation share
     def rollout(batch: list[dict], num_generations: int, temperature: float, generator: torch.Generator) -> tuple:
         """Left-padded queries (P, L_q), their mask, and sample()'s responses to them as ids and as texts."""
         query, query_mask = pad_sequences([example["ids"] for example in batch], tokenizer.pad_token_id, "left")
@@ -895,13 +922,15 @@ def main(args: Args) -> dict[str, float]:
             prompts, completions, answers, reward_model, reward_tokenizer, args.max_tokens_per_microbatch
         )
 
+    def logprobs(model: PreTrainedModel, *inputs: Tensor) -> Tensor:
+        with autocast():
+            return logprobs_fn(model, *inputs)
+
     def run_evaluation(step: int) -> dict[str, float]:
         reference = ref_model or load_model(initial, "--model-name-or-path").to(device)
-        batch_size = args.generation_batch_size
-        with autocast():
-            results, table = evaluate(
-                rollout, score, logprobs_fn, reference, test_examples, batch_size, args.seed, rank, world_size
-            )
+        results, table = evaluate(
+            rollout, score, logprobs, reference, test_examples, args.generation_batch_size, args.seed, rank, world_size
+        )
         if rank == 0:
             writer.add_text("samples", table, step)
             for name, value in results.items():
@@ -969,9 +998,9 @@ def main(args: Args) -> dict[str, float]:
         if ref_model is not None:
             trees["ref_logprobs"] = torch.zeros_like(trees["old_logprobs"])  # (R, K, T)
             for rows in microbatches:
-                with torch.no_grad(), autocast():
-                    mb_ref_logprobs = logprobs_fn(ref_model, *(trees[name][rows] for name in inputs), args.temperature)
-                trees["ref_logprobs"][rows] = mb_ref_logprobs
+                with torch.no_grad():
+                    mb_inputs = (trees[name][rows] for name in inputs)
+                    trees["ref_logprobs"][rows] = logprobs(ref_model, *mb_inputs, args.temperature)
         stats: dict[str, Tensor] = {}
         logprob_difference = torch.zeros((), device=device)
         model.train()
@@ -985,8 +1014,7 @@ def main(args: Args) -> dict[str, float]:
             optimizer.zero_grad()
             for rows in microbatches:
                 mb = {name: x[rows] for name, x in trees.items()}
-                with autocast():
-                    mb_logprobs = logprobs_fn(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
+                mb_logprobs = logprobs(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
                 mb = {name: x.flatten(0, 1) for name, x in mb.items() if name not in inputs}  # (R*K, T), (R*K,)
                 loss, mb_stats = grpo_loss(
                     mb_logprobs.flatten(0, 1), mb["old_logprobs"], mb["advantages"], mb["loss_mask"], args.epsilon,

@@ -100,7 +100,7 @@ def test_sampler_packed_padded_and_naive_logprobs_agree(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("logprobs_fn", [packed_logprobs, padded_logprobs])
 def test_gradients_equal_the_naive_ones(architecture, logprobs_fn, monkeypatch):
-    monkeypatch.setattr(grpo_llm, "LOGITS_PER_CHUNK", 7 * 20)  # several chunks, the last one not full
+    monkeypatch.setitem(grpo_llm.TILE, "cpu", (30, 7))  # several tiles, the last ones not full
     model = make_model(architecture)
     query, query_mask, response, _, mask = draw(model)
     weights = torch.randn(mask.shape) * mask
