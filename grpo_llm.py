@@ -51,6 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -400,7 +401,7 @@ TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) of target, by tiles: the logits (N, V) never exist, forth or back."""
+    """log softmax(hidden @ weight.T / temperature) of target, by tiles: no (N, V) tensor of logits or gradients exists."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -685,7 +686,7 @@ def reward_model_scores(
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             turns = [*turns, {"role": "assistant", "content": completion}]
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf))
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
     special = tokenizer.chat_template is None  # a template has written the special tokens already
     ids = tokenizer(texts, truncation=True, max_length=limit, add_special_tokens=special).input_ids
     scores = torch.zeros(len(texts))
@@ -724,7 +725,7 @@ def score_completions(
 @torch.no_grad()
 def evaluate(
     rollout: Callable, score: Callable, logprobs_fn: Callable, ref_model: PreTrainedModel, examples: list[dict],
-    batch_size: int, seed: int, rank: int, world_size: int,
+    batch_size: int, max_tokens: int, seed: int, rank: int, world_size: int,
 ) -> tuple[dict[str, float], str]:
     """Metrics over all processes of one completion for each held-out prompt, sampled at temperature 1 (from the same
     uniform numbers every time) and greedy; and some of the sampled texts as a table."""
@@ -738,9 +739,12 @@ def evaluate(
             query, query_mask, response, logprobs, mask, completions = rollout(batch, 1, temperature, generator)
             rewards, scores = score(batch, completions, 1)  # (P,), {name: (P,)}
             values = {f"eval/reward{suffix}": rewards}
-            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": score for name, score in scores.items()}
+            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": value for name, value in scores.items()}
             if temperature == 1.0:
-                ref_logprobs = logprobs_fn(ref_model, query, query_mask, response[:, None], mask[:, None], 1.0)[:, 0]
+                ref_logprobs = torch.zeros_like(logprobs)  # (P, T)
+                for mb in make_microbatches((query_mask.sum(1) + mask.sum(1)).tolist(), max_tokens):
+                    inputs = (query[mb], query_mask[mb], response[mb, None], mask[mb, None])
+                    ref_logprobs[mb] = logprobs_fn(ref_model, *inputs, 1.0)[:, 0]
                 values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # (P,): log pi / pi_ref of whole responses, nats
                 values["eval/mean_length"] = mask.sum(1).float()
                 for example, completion, reward in list(zip(batch, completions, rewards))[: 8 if start == 0 else 0]:
@@ -767,8 +771,12 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Hugging Face layout, written aside and then renamed."""
     aside = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside)
+        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {folder.parent} is whole")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 
@@ -867,8 +875,10 @@ def main(args: Args) -> dict[str, float]:
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
     run_time = int(all_reduce(torch.tensor(start_time if rank == 0 else 0.0, dtype=torch.float64, device=device)))
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
-    if rank == 0 and state is None and run_dir.exists():
-        bad_input(f"--output-dir: {run_dir} exists; another run with this --exp-name and --seed started this second")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=state is not None or rank != 0)
+    except OSError as error:
+        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
     if embedded and state is None:
         initial = str(run_dir / "sft")
         if rank == 0:
@@ -896,7 +906,6 @@ def main(args: Args) -> dict[str, float]:
         seconds_before = state["seconds"]
     writer = None
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run_dir, purge_step=first_step + 1)
         if state is None:
             flags = asdict(args)
@@ -929,7 +938,8 @@ def main(args: Args) -> dict[str, float]:
     def run_evaluation(step: int) -> dict[str, float]:
         reference = ref_model or load_model(initial, "--model-name-or-path").to(device)
         results, table = evaluate(
-            rollout, score, logprobs, reference, test_examples, args.generation_batch_size, args.seed, rank, world_size
+            rollout, score, logprobs, reference, test_examples, args.generation_batch_size,
+            args.max_tokens_per_microbatch, args.seed, rank, world_size,
         )
         if rank == 0:
             writer.add_text("samples", table, step)

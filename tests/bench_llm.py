@@ -4,24 +4,25 @@
     python tests/bench_llm.py --method grpo --size M --bf16 --peer-python ~/venvs/trl/bin/python
     python tests/bench_llm.py --method grpo --size qwen2.5-0.5b --bf16 --device cuda
 
-Both sides run the real thing (`main(Args(...))` of our script; TRL's trainer with the same settings and no gradient
-checkpointing) on one random-weight Qwen2 model and one file of prompts: 8 prompts of 64 tokens x 8 completions of at most
-64 a step, temperature 1. The learning rate is too small to change a weight, so that no step differs from another, and
-each token is the last with a chance of about 1/32, by the way the model is made: the two measured mean lengths show that
-both did the same work.
+Both run the real thing (`main(Args(...))` of our script; TRL's trainer with the same settings, without gradient
+checkpointing) on one random-weight Qwen2 model and one file of prompts: 8 prompts of 64 tokens x 8 completions of at
+most 64 a step, temperature 1. The learning rate is too small to change a weight, so that all steps are alike. Each
+token is the last with a chance of about 1/32, by the way the model is made; the measured mean lengths show that both did
+the same work. The lengths of one step are random: with few steps so is the ratio, by several percent.
 
-Each side is a process of its own, which does a step when it is told to and then reports: the two take turns, so that
+Each side is a process of its own, which does one step when it is told to and then reports. The two take turns, so that
 a slow minute of the machine hits both. On the CPU both have the same single core and one thread, and seconds are the
-process's CPU seconds, of all its threads; with `--device cuda` they are the time between CUDA events. A step goes from one
-step's entry to the next one's, logging included, in the phases rollout (generation, decoding to text), reward, update (forward, backward,
-clipping), optimizer and other (logging, the next batch). The first steps warm up and are not counted; medians are reported.
-The last line of the output is one JSON object. Linux only.
+process's CPU seconds, of all its threads; on CUDA they are the time between CUDA events. A step lasts until the next
+one's entry: rollout (generation, decoding to text), reward, update (forward, backward, clipping), optimizer, other
+(logging, the next batch). The first steps warm up and are not counted; medians are reported. The last line of the
+output is one JSON object. Linux only. On the CPU, TRL takes about 7 GB at the sizes M and L.
 """
 
 import argparse
 import json
 import os
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import time
 import zlib
 from pathlib import Path
 from statistics import mean, median
+from typing import NoReturn
 
 SIZES = {  # layers, hidden, MLP, heads, key-value heads, vocabulary; the last two are the published models' shapes
     "S": (4, 128, 512, 4, 4, 64),
@@ -44,7 +46,7 @@ LEARNING_RATE = 1e-30  # no fp32 weight feels it; 0 means "the default" to some 
 PHASES = ("rollout", "reward", "update", "optimizer", "other")
 
 
-# ---- the model and the data that both sides load ----------------------------------------------------------------------
+# ---- the model and the data that both sides load ---------------------------------------------------------------------
 
 
 def build(spec: dict) -> None:
@@ -67,13 +69,13 @@ def build(spec: dict) -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768, tie_word_embeddings=True,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, max_position_embeddings=32768,
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     ))  # fmt: skip
     with torch.no_grad():
-        # A random model ends nowhere in particular. A vector added to all embeddings changes no probability (it shifts all
-        # logits alike), but gives all final hidden states a common direction; the EOS embedding moved along it makes EOS
-        # about equally likely everywhere. (EOS is never read: nothing follows it.)
+        # A vector added to all embeddings shifts all logits alike, so it changes no probability, but it gives all final
+        # hidden states a common direction; the EOS embedding moved along it makes EOS about equally likely everywhere.
+        # (Moving it changes nothing else: EOS is never read, as nothing follows it.)
         embeddings = model.get_input_embeddings().weight  # (V, H), also the head's
         embeddings += 5 * embeddings.std() * torch.randn(hidden)
         states = model.model(torch.randint(2, vocabulary, (16, 64))).last_hidden_state[:, -16:].flatten(0, 1)  # (N, H)
@@ -95,7 +97,7 @@ def reward(completion: str) -> float:
     return zlib.crc32(completion.encode()) % 1000 / 1000
 
 
-# ---- a worker: one side in its own process ----------------------------------------------------------------------------
+# ---- a worker: one side in its own process ---------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -103,25 +105,19 @@ class Stopwatch:
 
     def __init__(self, spec: dict, reports):
         import torch
-        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+        from torch.optim import optimizer
 
-        self.cuda, self.reports, self.steps_left = spec["device"] == "cuda", reports, spec["steps"] + spec["warmup"]
-        self.torch, self.marks, self.lengths, self.equal, self.loaded_mb = torch, [], [], 0.0, None
-        register_optimizer_step_pre_hook(lambda *_: self.mark("update"))
-        register_optimizer_step_post_hook(lambda *_: self.mark("optimizer"))
+        self.torch, self.cuda, self.reports = torch, spec["device"] == "cuda", reports
+        self.steps_left, self.marks, self.lengths, self.equal = spec["steps"] + spec["warmup"], [], [], 0.0
+        optimizer.register_optimizer_step_pre_hook(lambda *_: self.mark("update"))
+        optimizer.register_optimizer_step_post_hook(lambda *_: self.mark("optimizer"))
 
     def mark(self, phase: str) -> None:
         """What was done since the last mark belongs to this phase. Outside a step (evaluation) nothing is noted."""
-        if self.marks:
-            self.stamp(phase)
-
-    def stamp(self, phase: str) -> None:
-        if self.cuda:
-            now = self.torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.process_time()
-        self.marks.append((phase, now))
+        if self.marks or phase == "start":
+            self.marks.append((phase, self.torch.cuda.Event(enable_timing=True) if self.cuda else time.process_time()))
+            if self.cuda:
+                self.marks[-1][1].record()
 
     def next_step(self) -> None:
         """A step's entry, which is also the end of the step before."""
@@ -134,22 +130,21 @@ class Stopwatch:
                 phases[phase] += start.elapsed_time(end) / 1000 if self.cuda else end - start
             self.report(phases=phases, lengths=self.lengths, equal=self.equal)
             self.steps_left -= 1
-        if self.loaded_mb is None:
+        else:
             self.loaded_mb = self.memory_mb("VmRSS")
+            self.report(ready=True)
         if self.steps_left == 0:
             peak = self.memory_mb("VmHWM")
             self.report(peak_mb=peak, peak_extra_mb=peak - self.loaded_mb)
             os._exit(0)  # no final evaluation, no checkpoint
-        if not self.marks:
-            self.report(ready=True)
-        self.marks = []
         if sys.stdin.readline() != "go\n":
             sys.exit("the parent is gone")
-        self.stamp("")
+        self.marks = []
+        self.mark("start")
 
     def memory_mb(self, field: str) -> float:
-        """On the CPU the process's memory now (VmRSS) or at its peak (VmHWM), libraries included; on CUDA that of tensors.
-        (ru_maxrss would do for the peak, were it not inherited from the parent.)"""
+        """Memory now (VmRSS) or at its peak (VmHWM; ru_maxrss would do, were it not inherited from the parent): on the
+        CPU the whole process's, libraries included, on CUDA that of the tensors."""
         if self.cuda:
             cuda = self.torch.cuda
             return (cuda.memory_allocated() if field == "VmRSS" else cuda.max_memory_allocated()) / 2**20
@@ -167,7 +162,7 @@ def grpo_ours(spec: dict, watch: Stopwatch) -> None:
     sample, score_completions = grpo_llm.sample, grpo_llm.score_completions
 
     def watched_sample(model, query, attention_mask, num_generations, *args, **kwargs):
-        training = num_generations == GENERATIONS and len(query) == PROMPTS  # evaluation and start-up checks sample less
+        training = num_generations == GENERATIONS and len(query) == PROMPTS  # evaluation, start-up checks: fewer
         if training:
             watch.next_step()
         result = sample(model, query, attention_mask, num_generations, *args, **kwargs)
@@ -206,7 +201,7 @@ def grpo_peer(spec: dict, watch: Stopwatch) -> None:
         def on_step_begin(self, *args, **kwargs):
             watch.next_step()
 
-    def crc_reward(completions: list[str], completion_ids: list, **kwargs) -> list[float]:
+    def crc_reward(completions: list[str], **kwargs) -> list[float]:
         return [reward(completion) for completion in completions]
 
     trainer = GRPOTrainer(
@@ -215,19 +210,20 @@ def grpo_peer(spec: dict, watch: Stopwatch) -> None:
         train_dataset=Dataset.from_list([json.loads(line) for line in open("prompts.jsonl")]),
         callbacks=[Turns()],
         args=GRPOConfig(
-            output_dir="peer", model_init_kwargs={"dtype": "float32"}, bf16=spec["bf16"], use_cpu=spec["device"] == "cpu",
-            per_device_train_batch_size=PROMPTS * GENERATIONS, gradient_accumulation_steps=1, gradient_checkpointing=False,
+            output_dir="peer", save_strategy="no", report_to="none", logging_steps=1, max_steps=watch.steps_left + 1,
+            model_init_kwargs={"dtype": "float32"}, bf16=spec["bf16"], use_cpu=spec["device"] == "cpu",
+            per_device_train_batch_size=PROMPTS * GENERATIONS, gradient_accumulation_steps=1,
+            gradient_checkpointing=False, optim="adamw_torch_fused", learning_rate=LEARNING_RATE, max_grad_norm=1.0,
             num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION, temperature=1.0, top_k=0, top_p=1.0,
-            beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, learning_rate=LEARNING_RATE, max_grad_norm=1.0,
-            optim="adamw_torch_fused", max_steps=watch.steps_left + 1, logging_steps=1, save_strategy="no", report_to="none",
+            beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28,
         ),
     )  # fmt: skip
     calculate_rewards = trainer._calculate_rewards
 
-    def watched_calculate_rewards(inputs, prompts, completions, completion_ids_list):
+    def watched_calculate_rewards(inputs, prompts, completions, completion_ids):
         watch.mark("rollout")
-        watch.lengths = [len(ids) for ids in completion_ids_list]
-        result = calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        watch.lengths = [len(ids) for ids in completion_ids]
+        result = calculate_rewards(inputs, prompts, completions, completion_ids)
         watch.mark("reward")
         return result
 
@@ -254,24 +250,21 @@ def work(side: str, spec: dict) -> None:
     sys.exit("training ended before the last step")
 
 
-# ---- the parent -------------------------------------------------------------------------------------------------------
+# ---- the parent ------------------------------------------------------------------------------------------------------
 
 
 class Worker:
     def __init__(self, python: str, side: str, spec: dict):
         self.side, self.errors = side, Path(spec["folder"], f"{side}.log")
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if spec["device"] == "cpu" and side != "build" else {}
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if spec["device"] == "cpu" else {}
         self.process = subprocess.Popen(
-            [python, str(Path(__file__).resolve()), "--worker", side, json.dumps(spec)], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=open(self.errors, "w"),
-            env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            [python, str(Path(__file__).resolve()), "--worker", side, json.dumps(spec)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(self.errors, "w"), text=True,
+            env={**os.environ, **one_thread, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
 
     def read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            self.fail()
-        return json.loads(line)
+        return json.loads(self.process.stdout.readline() or self.fail())
 
     def step(self) -> dict:
         try:
@@ -281,7 +274,7 @@ class Worker:
             self.fail()
         return self.read()
 
-    def fail(self) -> None:
+    def fail(self) -> NoReturn:
         code = self.process.wait()
         tail = "\n".join(self.errors.read_text(errors="replace").splitlines()[-30:])
         sys.exit(f"{tail}\nerror: the worker `{self.side}` ended with code {code}; its last words stand above")
@@ -294,19 +287,19 @@ def peer_version(python: str) -> str | None:
 
 
 def limits(options: argparse.Namespace, side: dict) -> dict[str, float]:
-    """Tokens a second, and the share of the device's limits that they amount to: a decoding step has at least to read all
-    weights, and the update has at least to do 6 FLOP for each weight and token, prompts once a group and no padding."""
+    """Tokens a second, and the share of the device's limits that they amount to: a decoding step has at least to read
+    all weights; the update has at least to do 6 FLOP for each weight and token, each prompt once and no padding."""
     layers, hidden, mlp, heads, kv_heads, vocabulary = SIZES[options.size]
     head = vocabulary * hidden  # tied: it is also the embedding, which costs nothing to read
     body = layers * (hidden * hidden * (2 + 2 * kv_heads / heads) + 3 * hidden * mlp)
-    weight_bytes = (2 if options.bf16 else 4) * (body + head)
     rollout, update = side["phases"]["rollout"], side["phases"]["update"]
-    responses = side["mean_length"] * PROMPTS * GENERATIONS
-    flop = 6 * (body * (PROMPTS * PROMPT_LENGTH + responses) + head * responses)
+    tokens = side["mean_length"] * PROMPTS * GENERATIONS
+    read = side["longest"] * (body + head) * (2 if options.bf16 else 4)
+    flop = 6 * (body * (PROMPTS * PROMPT_LENGTH + tokens) + head * tokens)
     return {
-        "rollout_tokens_per_second": responses / rollout,
-        "update_tokens_per_second": responses / update,
-        "rollout_share_of_bandwidth": side["longest"] * weight_bytes / options.peak_bytes / rollout,
+        "rollout_tokens_per_second": tokens / rollout,
+        "update_tokens_per_second": tokens / update,
+        "rollout_share_of_bandwidth": read / options.peak_bytes / rollout,
         "update_share_of_flops": flop / options.peak_flops / update,
     }
 
@@ -320,9 +313,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each side")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not counted")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
-    parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's dense bf16 FLOP/s (default: H200)")
+    parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's FLOP/s (default: H200, bf16)")
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, which ends the workers and clears the folder
 
     peer = peer_version(options.peer_python)
     pythons = {"ours": sys.executable, "peer": options.peer_python}
@@ -365,7 +359,7 @@ def main() -> None:
         }
     ours, other = sides["ours"], sides.get("peer")
     rows = [("step, seconds", "seconds"), *((f"  {phase}", phase) for phase in PHASES)]
-    print(f"\n{'':24}{'ours':>12}{'peer':>12}{'peer/ours':>12}")
+    print(f"\n{'':24}" + "".join(f"{name:>12}" for name in [*sides, *["peer/ours"] * (other is not None)]))
     rows += [("peak memory, MB", "peak_mb"), ("  beyond the loaded model", "peak_extra_mb")]
     rows += [("mean length, tokens", "mean_length")]
     for label, key in rows:
@@ -377,7 +371,8 @@ def main() -> None:
     result = {
         "method": options.method, "size": options.size, "device": options.device,
         "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
-        "ratio": other and other["seconds"] / ours["seconds"], "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],
+        "ratio": other and other["seconds"] / ours["seconds"],
+        "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],
         "phases": {side: values["phases"] for side, values in sides.items()},
     }  # fmt: skip
     for side in ("ours", "peer"):

@@ -596,6 +596,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
     assert torch.load(path, weights_only=True) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_leaves_the_last_model(tmp_path, capsys):
+    folder = tmp_path / "model"
+    grpo_llm.save_model(folder, make_model(seed=1), make_tokenizer())
+    before = load_file(folder / "model.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+        with pytest.raises(SystemExit) as stop:
+            grpo_llm.save_model(folder, make_model(seed=2), make_tokenizer())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 2 and "--output-dir" in capsys.readouterr().err
+    after = load_file(folder / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before) and list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_non_finite_gradient_stops_with_the_step_and_a_saved_state(tiny, monkeypatch, capsys):
     def explode(*arguments, **options):
         loss, stats = grpo_loss(*arguments, **options)
@@ -623,6 +639,7 @@ BAD_INPUTS = {
     "negative length": ({"max_completion_length": -1}, "--max-completion-length"),
     "too long for the context": ({"max_completion_length": 127}, "--max-completion-length"),
     "no CUDA": ({"device": "cuda"}, "--device cuda"),
+    "no place for the run folder": ({"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
     "no run folder": ({"resume": "nowhere"}, "--resume nowhere"),
 }
 
