@@ -401,7 +401,7 @@ TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) of target, by tiles: no (N, V) tensor of logits or gradients exists."""
+    """log softmax(hidden @ weight.T / temperature) of target, by tiles: no (N, V) tensor is ever whole."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@
 Both run the real thing (`main(Args(...))` of our script; TRL's trainer with the same settings, without gradient
 checkpointing) on one random-weight Qwen2 model and one file of prompts: 8 prompts of 64 tokens x 8 completions of at
 most 64 a step, temperature 1. The learning rate is too small to change a weight, so that all steps are alike. Each
-token is the last with a chance of about 1/32, by the way the model is made; the measured mean lengths show that both did
-the same work. The lengths of one step are random: with few steps so is the ratio, by several percent.
+token is the last with a chance of about 1/32, by the way the model is made; the measured mean lengths (27.8 tokens are
+expected) show that both did the same work. With few steps they differ by chance, and the ratio with them.
 
 Each side is a process of its own, which does one step when it is told to and then reports. The two take turns, so that
 a slow minute of the machine hits both. On the CPU both have the same single core and one thread, and seconds are the
@@ -69,8 +69,8 @@ def build(spec: dict) -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, max_position_embeddings=32768,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
+        max_position_embeddings=32768, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     ))  # fmt: skip
     with torch.no_grad():
         # A vector added to all embeddings shifts all logits alike, so it changes no probability, but it gives all final
@@ -186,7 +186,7 @@ def grpo_ours(spec: dict, watch: Stopwatch) -> None:
     grpo_llm.REWARDS = ((crc_reward, 1.0),)
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
     grpo_llm.main(grpo_llm.Args(
-        model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"],
+        model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"], seed=spec["seed"],
         max_eval_samples=PROMPTS, max_steps=steps, eval_steps=steps, save_steps=steps, learning_rate=LEARNING_RATE,
         generation_batch_size=PROMPTS * GENERATIONS, num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION,
     ))  # fmt: skip
@@ -215,7 +215,7 @@ def grpo_peer(spec: dict, watch: Stopwatch) -> None:
             per_device_train_batch_size=PROMPTS * GENERATIONS, gradient_accumulation_steps=1,
             gradient_checkpointing=False, optim="adamw_torch_fused", learning_rate=LEARNING_RATE, max_grad_norm=1.0,
             num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION, temperature=1.0, top_k=0, top_p=1.0,
-            beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28,
+            beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, seed=spec["seed"],
         ),
     )  # fmt: skip
     calculate_rewards = trainer._calculate_rewards
@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each side")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not counted")
+    parser.add_argument("--seed", type=int, default=2, help="of the samplers (default: 2)")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's FLOP/s (default: H200, bf16)")
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
@@ -324,7 +325,7 @@ def main() -> None:
         print(f"{options.peer_python} cannot import trl: our side alone")
         del pythons["peer"]
     with tempfile.TemporaryDirectory() as folder:
-        spec = {key: getattr(options, key) for key in ("method", "size", "bf16", "device", "steps", "warmup")}
+        spec = {key: getattr(options, key) for key in ("method", "size", "bf16", "device", "steps", "warmup", "seed")}
         spec["folder"] = folder
         builder = Worker(sys.executable, "build", spec)
         if builder.process.wait() != 0:

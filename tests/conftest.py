@@ -1,18 +1,31 @@
 """Fixtures that the tests of every script use."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; a missing name fails at once instead of after retries
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real models and data, where they are at hand; they are no part of the repository
 sys.path.insert(0, str(ROOT))
 
-SIZE = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+SIZE = {
+    "vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**SIZE, intermediate_size=64, num_key_value_heads=2),
     "qwen2": Qwen2Config(**SIZE, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True),
@@ -22,7 +35,7 @@ CONFIGS = {
 
 
 def make_model(architecture: str = "llama", seed: int = 0, scale: float = 0.2):
-    """A tiny random model, in evaluation mode, with weights large enough for its distributions to be far from uniform."""
+    """A tiny random model in evaluation mode, its weights large enough for distributions far from uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture]).eval()
     with torch.no_grad():
