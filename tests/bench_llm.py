@@ -186,9 +186,10 @@ def grpo_ours(spec: dict, watch: Stopwatch) -> None:
     grpo_llm.REWARDS = ((crc_reward, 1.0),)
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
     grpo_llm.main(grpo_llm.Args(
-        model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"], seed=spec["seed"],
-        max_eval_samples=PROMPTS, max_steps=steps, eval_steps=steps, save_steps=steps, learning_rate=LEARNING_RATE,
+        model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"],
+        max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PROMPTS, learning_rate=LEARNING_RATE,
         generation_batch_size=PROMPTS * GENERATIONS, num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION,
+        seed=spec["seed"],
     ))  # fmt: skip
 
 
