@@ -879,7 +879,8 @@ def main(args: Args) -> dict[str, float]:
     run_time = int(all_reduce(torch.tensor(start_time if rank == 0 else 0.0, dtype=torch.float64, device=device)))
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
     try:
-        run_dir.mkdir(parents=True, exist_ok=state is not None or rank != 0)
+        if rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=state is not None)
     except OSError as error:
         bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
     if embedded and state is None:
