@@ -563,21 +563,25 @@ class BlockwiseLayer(DynamicLayer):
     """One layer's KV cache, written in place into memory that grows by 64 positions: no copy of it at every token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-            self.blocks = (self.keys, self.values)
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
-        if end > self.blocks[0].shape[-2] or len(self.blocks[0]) != len(self.keys):  # it is full, or rows have left
-            room = [*self.keys.shape[:2], -(-end // 64) * 64]
-            self.blocks = tuple(old.new_empty(*room, old.shape[-1]) for old in (self.keys, self.values))
-            for block, old in zip(self.blocks, (self.keys, self.values)):
-                block[..., :start, :] = old
+            self.blocks = [x[..., :0, :] for x in (key_states, value_states)]
+        if end > self.blocks[0].shape[-2]:
+            self.blocks = [F.pad(block, (0, 0, 0, -(-end // 64) * 64 - block.shape[-2])) for block in self.blocks]
         for block, new in zip(self.blocks, (key_states, value_states)):
             block[..., start:end, :] = new
         self.keys, self.values = (block[..., :end, :] for block in self.blocks)
         return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        self.blocks = [block[indices] for block in self.blocks]
+        self.keys, self.values = (block[..., :length, :] for block in self.blocks)
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -892,7 +896,7 @@ def main(args: Args) -> dict[str, float]:
         model = load_model(initial, "--model-name-or-path")
     model.to(device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     ref_model = load_model(initial, "--model-name-or-path").to(device) if args.beta != 0.0 else None
     eos_ids = model.generation_config.eos_token_id
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]

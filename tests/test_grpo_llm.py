@@ -169,14 +169,14 @@ def test_samples_do_not_depend_on_the_number_of_processes_or_on_who_shares_the_b
 def test_gradient_checkpointing_changes_neither_the_samples_nor_the_gradients():
     model = make_model()
     query, query_mask, *plain = draw(model, temperature=0.0)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     again = draw(model, temperature=0.0)[2:]
     assert all(torch.equal(x, y) for x, y in zip(plain, again))
     assert model.training
     inputs = (query, query_mask, plain[0].view(3, 4, -1), plain[2].view(3, 4, -1), 1.0)
     with_checkpointing = torch.autograd.grad(packed_logprobs(model, *inputs).sum(), list(model.parameters()))
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     without = torch.autograd.grad(packed_logprobs(model, *inputs).sum(), list(model.parameters()))
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(with_checkpointing, without))
 
