@@ -273,17 +273,23 @@ def encode_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) 
 
 
 def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, room: float) -> list[dict]:
-    """Examples {prompt, answer, ids} of rows, whose prompts must leave room for a completion in the model's context."""
-    examples = []
+    """Examples {prompt, answer, ids} of rows. A few prompts that leave a completion no room in the model's context are
+    left out, with a line that says so; more than 1% of them mean that data, model and flags do not fit."""
+    examples, too_long = [], []
     for number, row in enumerate(rows, 1):
         prompt, answer = prompt_and_answer(row)
         ids = encode_prompt(prompt, tokenizer)
         if not prompt_text(prompt).strip() or not ids:
             bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
-        if len(ids) > room:
-            bad_input(f"--dataset-name: the prompt of {split} row {number} has {len(ids)} tokens; the model's context "
-                      f"less --max-completion-length has room for {room}")
-        examples.append({"prompt": prompt, "answer": answer, "ids": ids})
+        if len(ids) <= room:
+            examples.append({"prompt": prompt, "answer": answer, "ids": ids})
+        else:
+            too_long.append(f"{split} row {number} has {len(ids)} tokens")
+    if len(too_long) > len(rows) / 100:
+        bad_input(f"--dataset-name: {len(too_long)} prompts are too long ({too_long[0]}); the model's context less "
+                  f"--max-completion-length has room for {room}")
+    if too_long and os.environ.get("RANK", "0") == "0":
+        print(f"{len(too_long)} of {len(rows)} {split} prompts are left out as longer than {room} tokens")
     return examples
 
 
@@ -464,24 +470,24 @@ def packed_logprobs(
     A row holds its prompt once, then the K completions, without padding between them: a tree. A completion's token
     attends to the prompt and to its own completion; position ids go on from the prompt's end in every branch."""
     R, K, T = response.shape
-    real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
-    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
+    is_input = torch.cat([query_mask, F.pad(mask, (-1, 1)).flatten(1)], 1)  # (R, L_q + K*T): last tokens are not
+    place = is_input.cumsum(1) - 1  # (R, L_q + K*T): where an input token stands in its packed row
+    order = (~is_input).byte().argsort(dim=1, stable=True)[:, : int(is_input.sum(1).max())]  # (R, L): inputs first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
-    real = real.gather(1, order)  # (R, L)
     offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
     branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
     index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
     prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
     position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
     same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & is_input.gather(1, order)[:, None]  # (R, L, L)
     hidden = model.base_model(
         input_ids=tokens, attention_mask=attend[:, None], position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (R, L, H)
-    scored = real & (offset >= 0)  # (R, L)
-    before = torch.where(offset % T == 0, prompt_length - 1, index - 1)  # (R, L): a branch starts at the prompt's end
-    row = torch.arange(R, device=order.device)[:, None].expand_as(order)  # (R, L)
-    values = token_logprobs(model, hidden[row[scored], before[scored]], tokens[scored], temperature)  # (N,)
+    before = place[:, query.shape[1] - 1 : -1].view(R, K, T).clone()  # of the token before each response token
+    before[..., 0] = prompt_length - 1  # every branch starts at the prompt's end
+    row = torch.arange(R, device=order.device)[:, None, None].expand_as(mask)  # (R, K, T)
+    values = token_logprobs(model, hidden[row[mask], before[mask]], response[mask], temperature)  # (N,)
     return torch.zeros(R, K, T, device=values.device).masked_scatter(mask, values)
 
 
@@ -829,6 +835,8 @@ def check_args(args: Args, world_size: int) -> None:
             f"--generation-batch-size {args.generation_batch_size} is not a multiple of --num-generations "
             f"{args.num_generations} x {world_size} processes"
         )
+    if args.max_eval_samples % world_size:
+        bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
     for name in ("max_steps", "max_completion_length", "num_iterations", "save_steps", "eval_steps", "max_eval_samples",
                  "max_tokens_per_microbatch", "learning_rate", "temperature", "max_grad_norm"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
@@ -875,8 +883,7 @@ def main(args: Args) -> dict[str, float]:
     room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_completion_length
     examples = encode_rows(train_rows, "training", tokenizer, room)
     test_examples = encode_rows(test_rows[: args.max_eval_samples], "held-out", tokenizer, room)
-    if len(test_examples) % world_size:
-        bad_input(f"--max-eval-samples: {len(test_examples)} held-out rows do not divide by {world_size} processes")
+    test_examples = test_examples[: len(test_examples) // world_size * world_size]
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"

@@ -401,6 +401,15 @@ def test_embedded_problems_and_demonstrations():
     assert set(careful) == {"-12=132"} and set(texts) - set(careful) == {"132", "131", "133", "122", "142"}
 
 
+def test_a_few_prompts_without_room_are_left_out_and_many_are_an_error(capsys):
+    rows = [{"prompt": "1+1=", "answer": "2"}] * 199 + [{"prompt": "1" * 30, "answer": "2"}]
+    assert len(grpo_llm.encode_rows(rows, "training", make_tokenizer(), 29)) == 199
+    assert capsys.readouterr().out == "1 of 200 training prompts are left out as longer than 29 tokens\n"
+    with pytest.raises(SystemExit):
+        grpo_llm.encode_rows(rows[101:], "training", make_tokenizer(), 29)
+    assert "training row 99 has 30 tokens" in capsys.readouterr().err
+
+
 def test_chat_template_is_used_where_there_is_one():
     tokenizer = make_tokenizer()
     assert tokenizer.decode(grpo_llm.encode_prompt("1+1=", tokenizer)) == "1+1="
