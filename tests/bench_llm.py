@@ -352,8 +352,10 @@ def main() -> None:
     for side, steps in reports.items():
         steps = steps[options.warmup :]
         lengths = [length for step in steps for length in step["lengths"]]
+        seconds = median(sum(step["phases"].values()) for step in steps)
         sides[side] = {
-            "seconds": median(sum(step["phases"].values()) for step in steps),
+            "token_ms": 1000 * seconds / mean(lengths) / (PROMPTS * GENERATIONS),
+            "seconds": seconds,
             "phases": {phase: median(step["phases"][phase] for step in steps) for phase in PHASES},
             "mean_length": mean(lengths),
             "longest": mean(max(step["lengths"]) for step in steps),
@@ -363,7 +365,7 @@ def main() -> None:
     rows = [("step, seconds", "seconds"), *((f"  {phase}", phase) for phase in PHASES)]
     print(f"\n{'':24}" + "".join(f"{name:>12}" for name in [*sides, *["peer/ours"] * (other is not None)]))
     rows += [("peak memory, MB", "peak_mb"), ("  beyond the loaded model", "peak_extra_mb")]
-    rows += [("mean length, tokens", "mean_length")]
+    rows += [("mean length, tokens", "mean_length"), ("milliseconds a token", "token_ms")]
     for label, key in rows:
         values = [{**side, **side["phases"]}[key] for side in sides.values()]
         ratio = f"{values[1] / values[0]:12.2f}" if other and values[0] else ""
@@ -374,6 +376,7 @@ def main() -> None:
         "method": options.method, "size": options.size, "device": options.device,
         "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
         "ratio": other and other["seconds"] / ours["seconds"],
+        "ratio_per_token": other and other["token_ms"] / ours["token_ms"],  # the lengths differ a little by chance
         "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],
         "phases": {side: values["phases"] for side, values in sides.items()},
     }  # fmt: skip
