@@ -97,8 +97,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens, padding included, in one forward and backward pass; changes memory and speed, not results. Default: 16384
-    on CUDA, 1024 on the CPU, where small ones stay in the caches."""
+    """Tokens in one forward and backward pass; memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -120,7 +119,7 @@ class Args:
     eval_steps: int = 50
     """Steps from one evaluation to the next; there is always one before and one after training."""
     learning_rate: float | None = None
-    """Peak learning rate of the fp32 weights. Default: 1e-3 for the embedded model, 1e-6 (TRL) for a given one."""
+    """Peak learning rate of the fp32 weights. None: 1e-3 for the embedded model, 1e-6 (as in TRL) for a given one."""
     generation_batch_size: int = 256
     """Completions a rollout, over all prompts and processes."""
     num_generations: int = 8
@@ -134,8 +133,7 @@ class Args:
     scale_rewards: Literal["group", "none"] = "group"
     """Divide advantages by the group's standard deviation (GRPO), or not (Dr. GRPO)."""
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
-    """Mean over all response tokens (DAPO); over each response, then over responses (GRPO); or the sum over tokens
-    divided by responses x --max-completion-length (Dr. GRPO)."""
+    """Mean over all tokens (DAPO), over each response first (GRPO), or sum / responses / maximal length (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7)."""
     epsilon: float = 0.2
@@ -362,6 +360,7 @@ def supervised_phase(
             mask[row, : len(query)] = False  # the prompt is given, not learnt
         for group in optimizer.param_groups:
             group["lr"] = SFT_LEARNING_RATE * lr_factor(step, steps, 50, "cosine", 0.0)
+        ids, mask = ids.to(model.device), mask.to(model.device)  # (B, L)
         logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V); right padding needs no attention mask
         loss = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
         optimizer.zero_grad()
@@ -857,6 +856,8 @@ def main(args: Args) -> dict[str, float]:
     check_args(args, world_size)
     on_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if on_cuda else "gloo")
     transformers.utils.logging.set_verbosity_error()
@@ -897,7 +898,7 @@ def main(args: Args) -> dict[str, float]:
     if embedded and state is None:
         initial = str(run_dir / "sft")
         if rank == 0:
-            supervised_phase(model, tokenizer, train_rows, args.sft_steps, args.seed)
+            supervised_phase(model.to(device), tokenizer, train_rows, args.sft_steps, args.seed)
             save_model(run_dir / "sft", model, tokenizer)
         all_reduce(torch.zeros(1, device=device))  # the other processes wait for the file
         model = load_model(initial, "--model-name-or-path")
