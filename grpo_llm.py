@@ -51,6 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -158,13 +159,17 @@ def bad_input(message: str) -> NoReturn:
 # reward(prompt, completion, answer) -> float, or None where it does not apply; answer is None for data without answers.
 
 NUMBER = r"(?:(?<![\d.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-ANSWER = re.compile(rf"(?:####|\\boxed\{{)\s*\\?\$?\s*({NUMBER})")
+MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
 
 def extract_number(text: str) -> float | None:
-    """The last number marked as the answer (`#### N` or `\\boxed{N}`), else the last number, else None."""
-    found = ANSWER.findall(text) or re.findall(NUMBER, text)
+    """The last answer marked as `#### N` or `\\boxed{N}`, else the last number; None if that is no plain number."""
+    marked = MARKED.findall(text)
+    if marked:
+        content = "".join(marked[-1]).replace("$", "").replace("\\", "").strip(" .")
+        return float(content.replace(",", "")) if re.fullmatch(NUMBER, content) else None
+    found = re.findall(NUMBER, text)
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -209,14 +214,14 @@ def demonstrate(row: dict, rng: random.Random) -> str:
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON Lines file; `datasets` would not name the line that is broken."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                bad_input(f"--dataset-name: {path}, line {number} is not JSON ({error.msg})")
+            except ValueError as error:  # neither JSON nor UTF-8
+                bad_input(f"--dataset-name: {path}, line {number} is not JSON ({error})")
             if not isinstance(rows[-1], dict):
                 bad_input(f"--dataset-name: {path}, line {number} is not a JSON object")
     return rows
@@ -247,18 +252,22 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     if held_out is None:
         train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
     if not train or not held_out:
-        bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows")
+        bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
+                  f"(--max-eval-samples {args.max_eval_samples})")
     return train, held_out
 
 
 def prompt_and_answer(row: dict) -> tuple[str | list[dict], str | None]:
     """A row with TRL's columns (`prompt` or `messages`, `answer` or `solution`) or GSM8K's (`question`, `answer`)."""
-    prompt = row.get("prompt", row.get("question"))
-    if prompt is None and row.get("messages"):
-        prompt = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    prompt = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
     if prompt is None:
         bad_input(f"--dataset-name has the columns {sorted(row)}, but needs `prompt`, `question` or `messages`")
-    answer = row.get("answer", row.get("solution"))
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):
+        bad_input(f"--dataset-name: {prompt!r} is neither a text nor a list of {{role, content}}")
+    if turns and turns[-1]["role"] == "assistant":
+        prompt = turns[:-1]
+    answer = next((row[key] for key in ("answer", "solution") if row.get(key) is not None), None)
     return prompt, None if answer is None else str(answer)
 
 
@@ -276,9 +285,12 @@ def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase
     examples, too_long = [], []
     for number, row in enumerate(rows, 1):
         prompt, answer = prompt_and_answer(row)
-        ids = encode_prompt(prompt, tokenizer)
-        if not prompt_text(prompt).strip() or not ids:
+        if not prompt_text(prompt).strip():
             bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
+        try:
+            ids = encode_prompt(prompt, tokenizer)
+        except TemplateError as error:
+            bad_input(f"--dataset-name: the chat template refuses {split} row {number}: {error}")
         if len(ids) <= room:
             examples.append({"prompt": prompt, "answer": answer, "ids": ids})
         else:
@@ -376,18 +388,24 @@ def load_model(name: str, flag: str, auto_class: type = AutoModelForCausalLM) ->
         for key, value in vars(config).items():
             if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
                 setattr(config, key, 0.0)
-        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        bad_input(f"{flag} {name} cannot be loaded: {str(error).splitlines()[0]}")
+        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
+    if report["missing_keys"]:
+        bad_input(f"{flag} {name} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
 
 
 def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; its pad token is its EOS where it has none of its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        bad_input(f"{flag} {name} has no tokenizer that can be loaded: {str(error).splitlines()[0]}")
+        bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths: the pad id is never read
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
+    if tokenizer.pad_token_id is None:
+        bad_input(f"{flag} {name}: its tokenizer has neither a pad nor an EOS token")
     return tokenizer
 
 
@@ -419,7 +437,8 @@ class TokenLogprobs(torch.autograd.Function):
             logsumexp[row : row + rows] = torch.stack(parts).logsumexp(0)
         ctx.save_for_backward(hidden, weight, target, logsumexp)
         ctx.temperature, ctx.dtype = temperature, dtype
-        return (hidden.to(dtype).float() * weight[target].to(dtype).float()).sum(1) / temperature - logsumexp
+        logit = (hidden.to(dtype).float() * weight[target].to(dtype).float()).sum(1).to(dtype).float()  # rounded alike
+        return logit / temperature - logsumexp
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
@@ -602,6 +621,9 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[T
     return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0]
 
 
+SAMPLER_ROWS = {"cpu": 16, "cuda": 4096}  # rows of logits at a time: few enough on the CPU to stay in its caches
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
@@ -616,7 +638,7 @@ def sample(
     all processes and sliced by rank: the number of processes does not change the samples."""
     training = model.training
     model.eval()  # gradient checkpointing drops the KV cache in training mode
-    B = len(query) * num_generations
+    B, device = len(query) * num_generations, query.device.type
     uniform = torch.rand(max_completion_length, world_size * B, generator=generator, device=generator.device)
     uniform = uniform[:, rank * B : (rank + 1) * B].to(query.device)  # (T, B)
     stop = torch.tensor(stop_ids, device=query.device)
@@ -637,7 +659,8 @@ def sample(
     rows = torch.arange(B, device=query.device)  # (b,): the rows of the output that are still in the batch
     live = torch.ones_like(rows, dtype=torch.bool)  # (b,): and have not stopped
     for t in range(max_completion_length):
-        token, logprob = sample_token(logits, uniform[t, rows], temperature)  # (b,), (b,)
+        parts = zip(logits.split(SAMPLER_ROWS[device]), uniform[t, rows].split(SAMPLER_ROWS[device]))
+        token, logprob = (torch.cat(x) for x in zip(*(sample_token(*part, temperature) for part in parts)))  # (b,)
         response[rows, t] = torch.where(live, token, pad_id)
         logprobs[rows, t] = torch.where(live, logprob, 0.0)
         mask[rows, t] = live
@@ -714,16 +737,16 @@ def score_completions(
     """The weighted sum of all rewards (B,), and each by name (B,), nan where it does not apply."""
     scores = {}
     for function, _ in REWARDS:
-        values = [function(prompt_text(p), c, a) for p, c, a in zip(prompts, completions, answers)]
-        for prompt, value in zip(prompts, values):
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                bad_input(f"{function.__name__} returned {value!r}, not a number, for prompt {prompt_text(prompt)!r}")
-        scores[function.__name__] = torch.tensor([math.nan if value is None else float(value) for value in values])
+        scores[function.__name__] = [function(prompt_text(p), c, a) for p, c, a in zip(prompts, completions, answers)]
     weights = [weight for _, weight in REWARDS]
     if reward_model is not None:
-        values = reward_model_scores(reward_model, reward_tokenizer, prompts, completions, max_tokens)
-        scores["reward_model"] = torch.tensor(values)
+        scores["reward_model"] = reward_model_scores(reward_model, reward_tokenizer, prompts, completions, max_tokens)
         weights.append(1.0)
+    for name, values in scores.items():
+        for prompt, value in zip(prompts, values):
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                bad_input(f"{name} returned {value!r}, not a finite number, for prompt {prompt_text(prompt)!r}")
+        scores[name] = torch.tensor([math.nan if value is None else float(value) for value in values])  # (B,)
     table = torch.stack(list(scores.values()))  # (rewards, B)
     used = table[[weight != 0 for weight in weights]]
     if used.isnan().all(0).any():
@@ -786,7 +809,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
         bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {folder.parent} is whole")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
@@ -811,35 +834,46 @@ def load_run(args: Args) -> tuple[Args, dict]:
     folder = Path(args.resume)
     if not (folder / "args.json").is_file() or not (folder / "checkpoint.pt").is_file():
         bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
-    saved = json.loads((folder / "args.json").read_text())
-    if saved["script"] != Path(__file__).name:
-        bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        script, flags = saved["script"], {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
+        saved_args = Args(**{**flags, "resume": args.resume})
+    except (ValueError, KeyError, TypeError) as error:
+        bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
+    if script != Path(__file__).name:
+        bad_input(f"--resume {folder} is a run of {script}, not of {Path(__file__).name}")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
             bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
     try:
         state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises one of many kinds
         bad_input(f"--resume {folder}: checkpoint.pt cannot be read ({error})")
-    return Args(**{**values, "resume": args.resume}), state
+    return saved_args, state
 
 
 def check_args(args: Args, world_size: int) -> None:
-    prompts, rest = divmod(args.generation_batch_size, args.num_generations)
+    """Whatever the flags alone show to be wrong."""
     if args.num_generations < 2:
         bad_input("--num-generations must be at least 2: a completion is compared with its group")
-    if rest or prompts % world_size:
+    if args.generation_batch_size % (args.num_generations * world_size):
         bad_input(
             f"--generation-batch-size {args.generation_batch_size} is not a multiple of --num-generations "
             f"{args.num_generations} x {world_size} processes"
         )
     if args.max_eval_samples % world_size:
         bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
-    for name in ("max_steps", "max_completion_length", "num_iterations", "save_steps", "eval_steps", "max_eval_samples",
-                 "max_tokens_per_microbatch", "learning_rate", "temperature", "max_grad_norm"):
+    for name in ("max_steps", "generation_batch_size", "max_completion_length", "num_iterations", "save_steps",
+                 "eval_steps", "max_eval_samples", "max_tokens_per_microbatch", "learning_rate", "temperature",
+                 "max_grad_norm"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in ("warmup_steps", "sft_steps", "weight_decay", "min_lr_rate", "epsilon", "epsilon_high", "beta"):
+        if getattr(args, name) < 0:
+            bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    names = [function.__name__.removesuffix("_reward") for function, _ in REWARDS]
+    if len({*names, "reward", "reward_model", "kl", "mean_length"}) < len(names) + 4:
+        bad_input(f"REWARDS has the names {names}: they must differ, also from reward, reward_model, kl, mean_length")
     if args.dataset_name is not None and args.model_name_or_path is None:
         bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -878,6 +912,8 @@ def main(args: Args) -> dict[str, float]:
         reward_tokenizer = load_tokenizer(args.reward_model_path, "--reward-model-path")
         reward_model = load_model(args.reward_model_path, "--reward-model-path", AutoModelForSequenceClassification)
         reward_model.to(device)
+        if reward_model.config.pad_token_id is None:
+            reward_model.config.pad_token_id = reward_tokenizer.pad_token_id
         if reward_model.config.num_labels != 1:
             bad_input(f"--reward-model-path {args.reward_model_path} must have one logit, not more")
     train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
@@ -945,15 +981,15 @@ def main(args: Args) -> dict[str, float]:
         prompts, answers = ([e[key] for e in batch for _ in range(num_generations)] for key in ("prompt", "answer"))
         return score_completions(prompts, completions, answers, reward_model, reward_tokenizer, max_tokens)
 
-    def logprobs(model: PreTrainedModel, *inputs: Tensor) -> Tensor:
+    def forward_logprobs(model: PreTrainedModel, *inputs: Tensor) -> Tensor:
         with autocast():
             return logprobs_fn(model, *inputs)
 
     def run_evaluation(step: int) -> dict[str, float]:
         reference = ref_model or load_model(initial, "--model-name-or-path").to(device)
         results, table = evaluate(
-            rollout, score, logprobs, reference, test_examples, args.generation_batch_size, max_tokens, args.seed, rank,
-            world_size,
+            rollout, score, forward_logprobs, reference, test_examples, args.generation_batch_size, max_tokens,
+            args.seed, rank, world_size,
         )
         if rank == 0:
             writer.add_text("samples", table, step)
@@ -1001,7 +1037,7 @@ def main(args: Args) -> dict[str, float]:
             "equal": (rewards.amax(1) == rewards.amin(1)).sum(), "interrupts": torch.tensor(len(interrupts)),
         }
         for name, values in scores.items():
-            sums |= {name: values.nansum(), f"{name}/n": (~values.isnan()).sum()}
+            sums |= {f"rewards/{name}": values.nansum(), f"rewards/{name}/n": (~values.isnan()).sum()}
         totals = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
         sums = dict(zip(sums, all_reduce(totals).tolist()))  # over all processes
 
@@ -1024,7 +1060,7 @@ def main(args: Args) -> dict[str, float]:
             for rows in microbatches:
                 with torch.no_grad():
                     mb_inputs = (trees[name][rows] for name in inputs)
-                    trees["ref_logprobs"][rows] = logprobs(ref_model, *mb_inputs, args.temperature)
+                    trees["ref_logprobs"][rows] = forward_logprobs(ref_model, *mb_inputs, args.temperature)
         stats: dict[str, Tensor] = {}
         logprob_difference = torch.zeros((), device=device)
         model.train()
@@ -1038,7 +1074,7 @@ def main(args: Args) -> dict[str, float]:
             optimizer.zero_grad()
             for rows in microbatches:
                 mb = {name: x[rows] for name, x in trees.items()}
-                mb_logprobs = logprobs(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
+                mb_logprobs = forward_logprobs(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
                 mb = {name: x.flatten(0, 1) for name, x in mb.items() if name not in inputs}  # (R*K, T), (R*K,)
                 loss, mb_stats = grpo_loss(
                     mb_logprobs.flatten(0, 1), mb["old_logprobs"], mb["advantages"], mb["loss_mask"], args.epsilon,
@@ -1052,11 +1088,13 @@ def main(args: Args) -> dict[str, float]:
                     difference = (mb_logprobs.detach().flatten(0, 1) - mb["old_logprobs"]).abs().max()
                     logprob_difference = torch.maximum(logprob_difference, difference)
             for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
-                all_reduce(parameter.grad)
+                if parameter.grad is not None:
+                    all_reduce(parameter.grad)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if not grad_norm.isfinite():
                 save(run_dir / "nonfinite.pt", step)
-                bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state before")
+                all_reduce(torch.zeros(1, device=device))  # the other processes wait for the file
+                bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
             optimizer.step()
 
         # ---- log
@@ -1065,7 +1103,9 @@ def main(args: Args) -> dict[str, float]:
         num_tokens += int(sums["tokens"])
         reward, B = sums["reward"] / (P * G), P * G
         logs = dict(zip(stats, totals))
-        logs |= {f"train/rewards/{name}/mean": sums[name] / sums[f"{name}/n"] for name in scores if sums[f"{name}/n"]}
+        for name in scores:
+            if sums[f"rewards/{name}/n"]:
+                logs[f"train/rewards/{name}/mean"] = sums[f"rewards/{name}"] / sums[f"rewards/{name}/n"]
         logs |= {
             "train/reward": reward,
             "train/reward_std": max(0.0, sums["squares"] / B - reward**2) ** 0.5,
@@ -1097,7 +1137,8 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         save_model(run_dir / "model", model, tokenizer)
     if done < args.max_steps:
-        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        if rank == 0:
+            print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
         raise SystemExit(130)
     metrics |= run_evaluation(args.max_steps)
     metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
@@ -1114,4 +1155,8 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli_args = tyro.cli(Args)
+    others = [flag for flag in sys.argv[1:] if flag.startswith("--") and not flag.startswith("--resume")]
+    if cli_args.resume is not None and others:
+        bad_input(f"{others[0]} cannot be given beside --resume, which takes that run's flags")
+    main(cli_args)

@@ -357,7 +357,7 @@ def test_learning_rate_schedule_ends_exactly():
 
 
 @pytest.mark.parametrize("text, number", [
-    ("-12=132", 132), ("48/2 = 24. So it is 72.", 72), ("so 3\n#### 1,000", 1000), ("\\boxed{\\$72.50} in 2 d", 72.5),
+    ("-12=132", 132), ("48/2 = 24. So it is 72.", 72), ("so 3\n#### 1,000", 1000), ("\\boxed{\\$72.50} in 2 d", 72.5), ("\\boxed{\\frac{1}{2}}", None), ("\\boxed{3/4}", None), ("#### -$5", -5),
     ("10-3=7", 7), ("it is -5", -5), ("#### -4", -4), ("none", None), ("", None), ("x-3", -3),
 ])  # fmt: skip
 def test_extract_number(text, number):
@@ -571,10 +571,10 @@ def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(t
 def test_dropped_groups_count_in_the_denominator(tiny, tmp_path, monkeypatch):
     """A group of equal rewards is dropped before the update; a tiny KL keeps it: both give the same parameters."""
 
-    def reward(prompt, completion, answer):
+    def odd_reward(prompt, completion, answer):
         return 0.0 if prompt.startswith("0") else float(len(completion) % 2)
 
-    monkeypatch.setattr(grpo_llm, "REWARDS", ((reward, 1.0),))
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((odd_reward, 1.0),))
     found = []
     for number, beta in enumerate((0.0, 1e-12)):
         args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, beta=beta)
@@ -597,6 +597,72 @@ def test_truncated_completions_can_be_masked(tiny, monkeypatch):
     share = scalars(run_folder(args))["train/completions/clipped_ratio"][0][1]
     assert 0 < share < 1
     assert sum(int((~mask.any(1)).sum()) for mask in masks) == round(share * 16)
+
+
+def test_the_loop_does_what_the_flags_say(tiny, model_folder, tmp_path, monkeypatch):
+    """What reaches the sampler, the loss and the optimizer, when the flags are none of the defaults."""
+    seen = {"loss": [], "stop_ids": set(), "optimizer": [], "norm": []}
+
+    def loss_spy(logprobs, old, advantages, mask, low, high, loss_type, ref, beta, length, level, tokens, sequences):
+        seen["loss"].append((low, high, loss_type, beta, length, level, tokens, sequences))
+        seen.setdefault("rows", []).append((len(mask), int(mask.sum()), advantages))
+        return grpo_loss(
+            logprobs, old, advantages, mask, low, high, loss_type, ref, beta, length, level, tokens, sequences
+        )
+
+    def sample_spy(model, query, attention_mask, num_generations, length, temperature, stop_ids, *rest):
+        seen["stop_ids"].add(tuple(stop_ids))
+        return sample(model, query, attention_mask, num_generations, length, temperature, stop_ids, *rest)
+
+    def step_spy(optimizer, *arguments):
+        seen["optimizer"].append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
+        gradients = [p.grad.norm() for p in optimizer.param_groups[0]["params"]]
+        seen["norm"].append(torch.stack(gradients).norm().item())
+        return step(optimizer, *arguments)
+
+    def half_reward(prompt, completion, answer):  # equal within the groups of half the prompts
+        return 1.0 if prompt.startswith(("0", "1")) else len(completion) / 6
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
+    monkeypatch.setattr(grpo_llm, "grpo_loss", loss_spy)
+    monkeypatch.setattr(grpo_llm, "sample", sample_spy)
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((half_reward, 0.5),))
+    folder = tmp_path / "two_eos"
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.generation_config.eos_token_id = [1, 5]
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    args = tiny(
+        model_name_or_path=str(folder),
+        beta=0.0,
+        epsilon=0.11,
+        epsilon_high=0.33,
+        weight_decay=0.07,
+        warmup_steps=2,
+        num_iterations=2,
+        max_steps=2,
+        scale_rewards="none",
+        loss_type="dr_grpo",
+        stop_token_ids=(7,),
+        max_grad_norm=1e-3,
+        max_tokens_per_microbatch=1,
+        generation_batch_size=32,
+    )
+    main(args)
+    assert seen["stop_ids"] == {(1, 5, 7)}
+    lengths = scalars(run_folder(args))["train/completions/mean_length"]
+    equal = scalars(run_folder(args))["train/frac_reward_zero_std"]
+    for low, high, loss_type, beta, length, level, tokens, sequences in seen["loss"]:
+        assert (low, high, loss_type, beta, length, level, sequences) == (0.11, 0.33, "dr_grpo", 0.0, 6, "token", 32)
+        assert tokens in [pytest.approx(32 * mean) for _, mean in lengths]
+    assert 0 < equal[0][1] < 1
+    # micro-batches of one completion each; twice a rollout; and none of the groups without a gradient
+    assert len(seen["loss"]) == sum(2 * round(32 * (1 - share)) for _, share in equal)
+    assert max(advantages.abs().max() for _, _, advantages in seen["rows"]) <= 0.5  # the weight; no division by std
+    assert [lr for lr, _ in seen["optimizer"]] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-3])
+    assert {decay for _, decay in seen["optimizer"]} == {0.07}
+    assert max(seen["norm"]) < 1.01e-3
 
 
 def test_two_processes_equal_one(tiny, tmp_path):
@@ -685,6 +751,9 @@ def test_a_non_finite_gradient_stops_with_the_step_and_a_saved_state(tiny, monke
 
 
 BAD_INPUTS = {
+    "no generations": ({"num_generations": 0}, "--num-generations"),
+    "empty batch": ({"generation_batch_size": 0}, "--generation-batch-size"),
+    "negative warm-up": ({"warmup_steps": -1}, "--warmup-steps"),
     "missing model": ({"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
     "missing reward model": ({"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     "missing data": ({"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
@@ -717,6 +786,10 @@ def test_bad_input_is_one_sentence_and_code_2(tiny, case, capsys):
 
 
 BAD_ROWS = {
+    "prompt of a number": ('{"prompt": 5, "answer": "1"}\n' * 9, "5 is neither a text"),
+    "prompt of texts": ('{"prompt": ["a"], "answer": "1"}\n' * 9, "['a'] is neither a text"),
+    "null content": ('{"prompt": [{"role": "user", "content": null}]}\n' * 9, "is neither a text"),
+    "no turns": ('{"prompt": [], "answer": "1"}\n' * 9, "row 1 is empty"),
     "broken line": ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n', "line 2"),
     "not an object": ("[1, 2]\n", "line 1"),
     "no prompt column": ('{"text": "1"}\n' * 9, "['text']"),
@@ -758,11 +831,32 @@ def test_resume_refuses_other_flags_and_other_scripts(tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         main(Args(resume=str(folder), learning_rate=1.0))
     assert stop.value.code == 2 and "--learning-rate" in capsys.readouterr().err
+    command = [sys.executable, str(ROOT / "grpo_llm.py"), "--resume", str(folder), "--seed", "1"]  # the default, too
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "--seed" in refused.stderr and "Traceback" not in refused.stderr
     saved = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**saved, "script": "dpo.py"}))
     with pytest.raises(SystemExit) as stop:
         main(Args(resume=str(folder)))
     assert stop.value.code == 2 and "dpo.py" in capsys.readouterr().err
+
+
+def test_rewards_with_the_same_name_are_refused(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((format_reward, 1.0), (format_reward, 0.5)))
+    with pytest.raises(SystemExit) as stop:
+        main(tiny())
+    assert stop.value.code == 2 and "['format', 'format']" in capsys.readouterr().err
+
+
+def test_a_model_without_some_weights_is_refused(model_folder, tmp_path, capsys):
+    model, state = AutoModelForCausalLM.from_pretrained(model_folder), {}
+    for name, value in model.state_dict().items():
+        if "mlp.up_proj" not in name:
+            state[name] = value.contiguous()
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(SystemExit) as stop:
+        grpo_llm.load_model(str(tmp_path), "--model-name-or-path")
+    assert stop.value.code == 2 and "mlp.up_proj" in capsys.readouterr().err
 
 
 def test_parquet_and_folders_load_like_json_lines(tiny, tmp_path):
