@@ -756,6 +756,13 @@ def score_completions(
     return (torch.tensor(weights)[:, None] * table).nansum(0), scores
 
 
+def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """Sum (or maximum) over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
 @torch.no_grad()
 def evaluate(
     rollout: Callable, score: Callable, logprobs_fn: Callable, ref_model: PreTrainedModel, examples: list[dict],
@@ -793,13 +800,6 @@ def evaluate(
 
 
 # ---- saving, resuming, running ---------------------------------------------------------------------------------------
-
-
-def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or maximum) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
