@@ -98,7 +98,8 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass; memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU."""
+    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA; 1024 on the CPU, or
+    4096 where the vocabulary exceeds 65536, as every pass makes gradients of the embeddings' whole size."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -115,7 +116,7 @@ class Args:
     """Hub name or folder of a sequence classifier with one logit, whose score is added to the reward functions'."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a completion, besides the EOS ids of the generation config and the tokenizer's EOS and BOS."""
-    max_steps: int = 150
+    max_steps: int = 200
     """Rollouts; each is followed by --num-iterations optimizer steps."""
     eval_steps: int = 50
     """Steps from one evaluation to the next; there is always one before and one after training."""
@@ -145,7 +146,7 @@ class Args:
     """Coefficient of the KL to the initial model, per token, in the loss. 0: no reference model is loaded (DAPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss (DAPO's overlong filtering, section 3.4)."""
-    sft_steps: int = 700
+    sft_steps: int = 1200
     """Supervised steps by which the embedded model is made before the RL starts."""
 
 
@@ -409,6 +410,17 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_reward_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one logit, and its own tokenizer."""
+    tokenizer = load_tokenizer(name, "--reward-model-path")
+    model = load_model(name, "--reward-model-path", AutoModelForSequenceClassification).to(device)
+    if model.config.num_labels != 1:
+        bad_input(f"--reward-model-path {name} must have one logit, not {model.config.num_labels}")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
 # ---- the mathematics -------------------------------------------------------------------------------------------------
 
 
@@ -587,25 +599,29 @@ class BlockwiseLayer(DynamicLayer):
     """One layer's KV cache, written in place into memory that grows by 64 positions: no copy of it at every token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.blocks = [x[..., :0, :] for x in (key_states, value_states)]
-        if end > self.blocks[0].shape[-2]:
-            self.blocks = [F.pad(block, (0, 0, 0, -(-end // 64) * 64 - block.shape[-2])) for block in self.blocks]
-        for block, new in zip(self.blocks, (key_states, value_states)):
-            block[..., start:end, :] = new
+            self.blocks = [x[..., :0, :] for x in (key_states, value_states)]  # each (b, heads, positions, head size)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for i, new in enumerate((key_states, value_states)):
+            if end > self.blocks[i].shape[-2]:
+                grown = new.new_empty(*new.shape[:-2], -(-end // 64) * 64, new.shape[-1])
+                grown[..., :start, :] = self.blocks[i][..., :start, :]
+                self.blocks[i] = grown
+            self.blocks[i][..., start:end, :] = new
         self.keys, self.values = (block[..., :end, :] for block in self.blocks)
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
+        self.blocks = [block.repeat_interleave(repeats, 0) for block in self.blocks]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
-        self.blocks = [block[indices] for block in self.blocks]
-        self.keys, self.values = (block[..., :length, :] for block in self.blocks)
+        """Only rows that change their place are copied."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for block in self.blocks:
+            block[moved] = block[indices[moved]]
+        self.blocks = [block[: len(indices)] for block in self.blocks]
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -621,7 +637,7 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[T
     return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0]
 
 
-SAMPLER_ROWS = {"cpu": 16, "cuda": 4096}  # rows of logits at a time: few enough on the CPU to stay in its caches
+SAMPLER_TILE = {"cpu": 2**19, "cuda": 2**28}  # logits at a time: on the CPU, what stays in its caches
 
 
 @torch.no_grad()
@@ -659,7 +675,8 @@ def sample(
     rows = torch.arange(B, device=query.device)  # (b,): the rows of the output that are still in the batch
     live = torch.ones_like(rows, dtype=torch.bool)  # (b,): and have not stopped
     for t in range(max_completion_length):
-        parts = zip(logits.split(SAMPLER_ROWS[device]), uniform[t, rows].split(SAMPLER_ROWS[device]))
+        tile = max(1, SAMPLER_TILE[device] // logits.shape[1])  # rows
+        parts = zip(logits.split(tile), uniform[t, rows].split(tile))
         token, logprob = (torch.cat(x) for x in zip(*(sample_token(*part, temperature) for part in parts)))  # (b,)
         response[rows, t] = torch.where(live, token, pad_id)
         logprobs[rows, t] = torch.where(live, logprob, 0.0)
@@ -668,8 +685,9 @@ def sample(
         num_live = int(live.sum())
         if num_live == 0:
             break
-        if num_live <= 0.75 * len(rows):  # stopped rows leave the batch, a quarter of it at a time
-            kept = live.nonzero()[:, 0]
+        if num_live <= 0.9 * len(rows):  # stopped rows leave the batch; live ones from its end take their places
+            kept = torch.arange(num_live, device=query.device)  # (b,)
+            kept[~live[:num_live]] = num_live + live[num_live:].nonzero()[:, 0]
             cache.batch_select_indices(kept)
             rows, live, token, attention_mask, position_ids = (
                 x[kept] for x in (rows, live, token, attention_mask, position_ids)
@@ -763,6 +781,11 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> 
     return tensor
 
 
+def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
+    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    return dict(zip(values, all_reduce(total).tolist()))
+
+
 @torch.no_grad()
 def evaluate(
     rollout: Callable, score: Callable, logprobs_fn: Callable, ref_model: PreTrainedModel, examples: list[dict],
@@ -794,8 +817,7 @@ def evaluate(
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.nansum().item()
                 sums[f"{name}/n"] = sums.get(f"{name}/n", 0) + int((~value.isnan()).sum())
-    totals = all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device=ref_model.device))
-    sums = dict(zip(sums, totals.tolist()))
+    sums = sum_over_processes(sums, ref_model.device)
     return {name: total / sums[f"{name}/n"] for name, total in sums.items() if sums.get(f"{name}/n")}, table
 
 
@@ -827,6 +849,43 @@ def save_checkpoint(path: Path, state: dict) -> None:
         aside.unlink(missing_ok=True)
         bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
     os.replace(aside, path)
+
+
+def set_up_process(args: Args) -> tuple[torch.device, int, int]:
+    """This process's device, its rank and the number of processes: 0 of 1, unless torchrun says otherwise."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        bad_input("--device cuda, but torch sees no CUDA device")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+        return device, dist.get_rank(), dist.get_world_size()
+    return device, 0, 1
+
+
+def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
+    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+    if not main_process:
+        return run_dir, None
+    if args.resume is not None:
+        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
+    flags = asdict(args)
+    (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
+    writer = SummaryWriter(run_dir)
+    rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
+    writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+    return run_dir, writer
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -876,46 +935,29 @@ def check_args(args: Args, world_size: int) -> None:
         bad_input(f"REWARDS has the names {names}: they must differ, also from reward, reward_model, kl, mean_length")
     if args.dataset_name is not None and args.model_name_or_path is None:
         bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        bad_input("--device cuda, but torch sees no CUDA device")
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, and return the final metrics, which are also in <run folder>/summary.json."""
-    # ---- set-up
+    # ---- set-up: whatever is wrong with flags, model or data is said before anything is written
     start_time, state = time.time(), None
     if args.resume is not None:
         args, state = load_run(args)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, rank, world_size = set_up_process(args)
     check_args(args, world_size)
-    on_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    max_tokens = args.max_tokens_per_microbatch or (16384 if on_cuda else 1024)
-
-    # ---- model and data: whatever is wrong with them is said before anything is written
     embedded = args.model_name_or_path is None
+    initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
     if embedded and state is None:
         model, tokenizer = embedded_model(args.seed)
     else:
-        initial = args.model_name_or_path or str(Path(args.resume) / "sft")
         tokenizer = load_tokenizer(initial, "--model-name-or-path")
         model = load_model(initial, "--model-name-or-path")
+    cpu_tokens = 4096 if model.config.vocab_size > 65536 else 1024
+    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
     reward_model = reward_tokenizer = None
     if args.reward_model_path is not None:
-        reward_tokenizer = load_tokenizer(args.reward_model_path, "--reward-model-path")
-        reward_model = load_model(args.reward_model_path, "--reward-model-path", AutoModelForSequenceClassification)
-        reward_model.to(device)
-        if reward_model.config.pad_token_id is None:
-            reward_model.config.pad_token_id = reward_tokenizer.pad_token_id
-        if reward_model.config.num_labels != 1:
-            bad_input(f"--reward-model-path {args.reward_model_path} must have one logit, not more")
+        reward_model, reward_tokenizer = load_reward_model(args.reward_model_path, device)
     train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
     room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_completion_length
     examples = encode_rows(train_rows, "training", tokenizer, room)
@@ -924,18 +966,12 @@ def main(args: Args) -> dict[str, float]:
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_time = int(all_reduce(torch.tensor(start_time if rank == 0 else 0.0, dtype=torch.float64, device=device)))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
-    try:
-        if rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=state is not None)
-    except OSError as error:
-        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
+    run_dir, writer = open_run(args, task, state["step"] if state else 0, device)
     if embedded and state is None:
-        initial = str(run_dir / "sft")
+        initial = f"{run_dir}/sft"
         if rank == 0:
             supervised_phase(model.to(device), tokenizer, train_rows, args.sft_steps, args.seed)
-            save_model(run_dir / "sft", model, tokenizer)
+            save_model(Path(initial), model, tokenizer)
         all_reduce(torch.zeros(1, device=device))  # the other processes wait for the file
         model = load_model(initial, "--model-name-or-path")
     model.to(device)
@@ -956,14 +992,6 @@ def main(args: Args) -> dict[str, float]:
         generator.set_state(state["generator"])
         metrics, first_step, num_tokens = state["metrics"], state["step"], state["num_tokens"]
         seconds_before = state["seconds"]
-    writer = None
-    if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=first_step + 1)
-        if state is None:
-            flags = asdict(args)
-            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
-            rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
-            writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
 
     # ---- what training and evaluation share
     def rollout(batch: list[dict], num_generations: int, temperature: float, generator: torch.Generator) -> tuple:
@@ -1014,7 +1042,13 @@ def main(args: Args) -> dict[str, float]:
 
     done, G, P = first_step, args.num_generations, args.generation_batch_size // args.num_generations
     interrupts: list[int] = []
-    old_handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # heard after the step
+
+    def on_interrupt(number: int, _) -> None:
+        """The first Ctrl-C is heard after the step, a second one at once."""
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
@@ -1038,8 +1072,7 @@ def main(args: Args) -> dict[str, float]:
         }
         for name, values in scores.items():
             sums |= {f"rewards/{name}": values.nansum(), f"rewards/{name}/n": (~values.isnan()).sum()}
-        totals = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
-        sums = dict(zip(sums, all_reduce(totals).tolist()))  # over all processes
+        sums = sum_over_processes(sums, device)
 
         # ---- update: a row is a prompt with K of its completions, all G unless they outgrow a micro-batch
         L_q, T = query.shape[1], response.shape[1]
@@ -1098,11 +1131,10 @@ def main(args: Args) -> dict[str, float]:
             optimizer.step()
 
         # ---- log
-        totals = all_reduce(torch.stack(list(stats.values()))).tolist()
+        logs = sum_over_processes(stats, device)
         all_reduce(logprob_difference, dist.ReduceOp.MAX)
         num_tokens += int(sums["tokens"])
         reward, B = sums["reward"] / (P * G), P * G
-        logs = dict(zip(stats, totals))
         for name in scores:
             if sums[f"rewards/{name}/n"]:
                 logs[f"train/rewards/{name}/mean"] = sums[f"rewards/{name}"] / sums[f"rewards/{name}/n"]
@@ -1159,4 +1191,7 @@ if __name__ == "__main__":
     others = [flag for flag in sys.argv[1:] if flag.startswith("--") and not flag.startswith("--resume")]
     if cli_args.resume is not None and others:
         bad_input(f"{others[0]} cannot be given beside --resume, which takes that run's flags")
-    main(cli_args)
+    try:
+        main(cli_args)
+    except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
+        raise SystemExit(130) from None
