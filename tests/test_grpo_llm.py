@@ -437,9 +437,14 @@ def test_reward_model_scores_do_not_depend_on_the_batch():
     )
     model = AutoModelForSequenceClassification.from_config(config).eval()
     texts = ["1", "1+2=3", "a" * 40, "12345"]
-    together = grpo_llm.reward_model_scores(model, make_tokenizer(), ["7="] * 4, texts, 32)
-    alone = [grpo_llm.reward_model_scores(model, make_tokenizer(), ["7="], [text], 32)[0] for text in texts]
-    assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 4
+    tokenizer = make_tokenizer()
+    for template in (None, "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}"):
+        tokenizer.chat_template = template
+        together = grpo_llm.reward_model_scores(model, tokenizer, ["7="] * 4, texts, 32)
+        alone = [grpo_llm.reward_model_scores(model, tokenizer, ["7="], [text], 32)[0] for text in texts]
+        assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 4
+        ids = tokenizer("7=1" if template is None else "u7=a1", return_tensors="pt")  # `u` is unknown, as in the batch
+        assert together[0] == pytest.approx(model(**ids).logits.item(), abs=1e-5)
 
 
 # ---- the whole script on a tiny model
@@ -463,14 +468,29 @@ def tiny(tmp_path, model_folder):
     return lambda **flags: Args(**{**defaults, **flags})
 
 
+def digit_reward(prompt, completion, answer):
+    """A reward that a random model gets now and then: the share of digits in its completion."""
+    return sum(c.isdigit() for c in completion) / max(1, len(completion))
+
+
 @pytest.fixture(autouse=True)
 def graded_reward(monkeypatch):
-    """A reward that a random model gets now and then: the share of digits in its completion."""
-
-    def digit_reward(prompt, completion, answer):
-        return sum(c.isdigit() for c in completion) / max(1, len(completion))
-
     monkeypatch.setattr(grpo_llm, "REWARDS", ((digit_reward, 1.0), *grpo_llm.REWARDS))
+
+
+def run_apart(args: Args, folder: Path, processes: int = 1, before: str = "") -> subprocess.CompletedProcess:
+    """main(args) in processes of its own, under torchrun where there are several."""
+    program = folder / "run.py"
+    program.write_text(
+        "import json, os, signal, sys, torch, grpo_llm\nfrom test_grpo_llm import digit_reward\n"
+        "grpo_llm.REWARDS = ((digit_reward, 1.0), *grpo_llm.REWARDS)\n"
+        f"{before}\ngrpo_llm.main(grpo_llm.Args(**json.loads(sys.argv[1])))\n"
+    )
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *(launch + ["--rdzv-backend=c10d"]) * (processes > 1), str(program)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    flags = json.dumps(grpo_llm.asdict(args))
+    return subprocess.run([*command, flags], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def run_folder(args: Args) -> Path:
@@ -507,28 +527,45 @@ def test_a_run_learns_logs_and_saves(tiny, capsys):
     assert torch.equal(model.state_dict()["model.norm.weight"], weights(folder)["model.norm.weight"])
 
 
+KILLS = {  # the second checkpoint is being written when the process dies
+    "while writing": "real = torch.save; n = []\n"
+    "def save(state, file): n.append(1); len(n) < 2 or (file.write(b'x'), file.flush(), die()); real(state, file)\n"
+    "torch.save = save",
+    "before renaming": "real = os.replace; n = []\n"
+    "def replace(a, b): n.append(1); len(n) < 2 or die(); real(a, b)\n"
+    "os.replace = replace",
+    "after renaming": "real = os.replace; n = []\n"
+    "def replace(a, b): n.append(1); real(a, b); len(n) < 2 or die()\n"
+    "os.replace = replace",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "flags", [{}, {"num_iterations": 2, "loss_type": "grpo", "importance_sampling_level": "sequence"}]
+    "moment, flags",
+    [
+        ("while writing", {"warmup_steps": 3}),
+        ("before renaming", {"num_iterations": 2, "loss_type": "grpo", "importance_sampling_level": "sequence"}),
+        ("after renaming", {"lr_scheduler_type": "cosine"}),
+    ],
 )
-def test_resume_is_exact(tiny, tmp_path, monkeypatch, flags):
-    whole = tiny(output_dir=str(tmp_path / "whole"), **flags)
+def test_a_killed_run_resumes_exactly(tiny, tmp_path, moment, flags):
+    """Bit-equal parameters, metrics and curves after SIGKILL and --resume, the curves in one piece."""
+    flags = {**flags, "max_steps": 6, "eval_steps": 3}
+    whole, killed = (tiny(output_dir=str(tmp_path / name), **flags) for name in ("whole", "killed"))
     main(whole)
-    broken = tiny(output_dir=str(tmp_path / "broken"), **flags)
-    real_save = grpo_llm.save_checkpoint
-
-    def save_and_die(path, state):
-        real_save(path, state)
-        raise RuntimeError("killed")
-
-    monkeypatch.setattr(grpo_llm, "save_checkpoint", save_and_die)
-    with pytest.raises(RuntimeError, match="killed"):
-        main(broken)
-    monkeypatch.setattr(grpo_llm, "save_checkpoint", real_save)
-    metrics = main(Args(resume=str(run_folder(broken))))
-    ours, theirs = weights(run_folder(broken)), weights(run_folder(whole))
+    dead = run_apart(killed, tmp_path, before=f"def die(): os.kill(os.getpid(), signal.SIGKILL)\n{KILLS[moment]}")
+    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
+    folder = run_folder(killed)
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert step == (4 if moment == "after renaming" else 2) and not (folder / "summary.json").exists()
+    metrics = main(Args(resume=str(folder)))
+    ours, theirs = weights(folder), weights(run_folder(whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     expected = json.loads((run_folder(whole) / "summary.json").read_text())
     assert all(metrics[name] == expected[name] for name in expected if name != "wall_seconds")
+    resumed, unbroken = scalars(folder), scalars(run_folder(whole))
+    for tag in set(unbroken) - {"charts/SPS"}:
+        assert dict(resumed[tag]) == dict(unbroken[tag])  # a step that was repeated has the same value
 
 
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch):
@@ -553,17 +590,22 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
-    reference = None
+def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path, monkeypatch):
+    reference, recomputing = None, set()
+
+    def spy(model, *inputs):
+        recomputing.add(model.is_activation_checkpointing and model.training)
+        return packed_logprobs(model, *inputs)
+
+    monkeypatch.setattr(grpo_llm, "packed_logprobs", spy)
     for number, flags in enumerate((
         {}, {"max_tokens_per_microbatch": 24}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True},
     )):  # fmt: skip
         args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, learning_rate=1e-3, **flags)
         main(args)
-        found, norms = (
-            weights(run_folder(args)),
-            scalars(run_folder(args))["train/grad_norm"],
-        )  # Adam hides a wrong scale
+        assert (True in recomputing) == args.gradient_checkpointing
+        found = weights(run_folder(args))
+        norms = scalars(run_folder(args))["train/grad_norm"]  # Adam hides a wrong scale
         reference = reference or (found, norms)
         assert all(torch.allclose(found[name], reference[0][name], atol=1e-5) for name in found)
         assert [norm for _, norm in norms] == pytest.approx([norm for _, norm in reference[1]], rel=1e-4)
@@ -666,28 +708,29 @@ def test_the_loop_does_what_the_flags_say(tiny, model_folder, tmp_path, monkeypa
     assert max(seen["norm"]) < 1.01e-3
 
 
-def test_two_processes_equal_one(tiny, tmp_path):
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_two_processes_equal_one(tiny, tmp_path, beta):
     """torchrun with two gloo processes: the same rollouts, and the same parameters to 1e-5 after three updates."""
-    args = tiny(max_steps=3, beta=0.0, learning_rate=1e-3)
-    program = (
-        "import sys, grpo_llm, json; from grpo_llm import Args, main;"
-        "grpo_llm.REWARDS = ((lambda p, c, a: sum(x.isdigit() for x in c) / max(1, len(c)), 1.0),);"
-        "grpo_llm.REWARDS[0][0].__name__ = 'digits'; main(Args(**json.loads(sys.argv[1])))"
-    )
-    (tmp_path / "run.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for count, folder in ((1, "one"), (2, "two")):
-        flags = {**grpo_llm.asdict(args), "output_dir": str(tmp_path / folder)}
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(tmp_path / "run.py"), json.dumps(flags)]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    runs = [tiny(output_dir=str(tmp_path / name), max_steps=3, beta=beta, learning_rate=1e-3) for name in ("1", "2")]
+    for count, args in enumerate(runs, 1):
+        finished = run_apart(args, tmp_path, count)
         assert finished.returncode == 0, finished.stderr[-2000:]
-    (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
+    one, two = map(run_folder, runs)
     ours, theirs = weights(two), weights(one)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
     logs = scalars(one), scalars(two)
     for tag in ("train/reward", "train/completions/mean_length", "train/num_tokens", "eval/reward", "train/grad_norm"):
         assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], rel=1e-4)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny):
+    args = tiny(bf16=True, max_steps=2)
+    metrics = main(args)
+    logs = scalars(run_folder(args))
+    difference = logs["train/sampling/sampling_logp_difference/max"][0][1]
+    assert 1e-4 < difference < 0.1  # of fp32 it would be below
+    assert {x.dtype for x in weights(run_folder(args)).values()} == {torch.float32}
+    assert abs(metrics["eval/kl_before"]) < 0.05 and metrics["eval/kl"] != 0
 
 
 def test_weights_are_fp32_masters_and_dropout_is_off(tmp_path):
