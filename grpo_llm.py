@@ -492,17 +492,16 @@ def response_logprobs(
     return token_logprobs(model, hidden.flatten(0, 1), target.flatten(), temperature).view_as(target)
 
 
-def packed_logprobs(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
-    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False.
+def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Rows that hold a prompt once and then its K completions, without padding between them: a tree.
 
-    A row holds its prompt once, then the K completions, without padding between them: a tree. A completion's token
-    attends to the prompt and to its own completion; position ids go on from the prompt's end in every branch."""
+    From queries (R, L_q) and responses (R, K, T) with their masks: tokens (R, L), the attention mask (R, 1, L, L), the
+    position ids (R, L), and the place (R, K, T) in its row of the token before each response token. A response's token
+    attends to the prompt and to its own response; position ids go on from the prompt's end in every branch."""
     R, K, T = response.shape
-    is_input = torch.cat([query_mask, F.pad(mask, (-1, 1)).flatten(1)], 1)  # (R, L_q + K*T): last tokens are not
-    place = is_input.cumsum(1) - 1  # (R, L_q + K*T): where an input token stands in its packed row
-    order = (~is_input).byte().argsort(dim=1, stable=True)[:, : int(is_input.sum(1).max())]  # (R, L): inputs first
+    real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
+    place = real.cumsum(1) - 1  # (R, L_q + K*T): where a real token stands in its packed row
+    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
     offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
     branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
@@ -510,15 +509,24 @@ def packed_logprobs(
     prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
     position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
     same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & is_input.gather(1, order)[:, None]  # (R, L, L)
-    hidden = model.base_model(
-        input_ids=tokens, attention_mask=attend[:, None], position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (R, L, H)
-    before = place[:, query.shape[1] - 1 : -1].view(R, K, T).clone()  # of the token before each response token
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & real.gather(1, order)[:, None]  # (R, L, L)
+    before = place[:, query.shape[1] - 1 : -1].view(R, K, T).clone()
     before[..., 0] = prompt_length - 1  # every branch starts at the prompt's end
-    row = torch.arange(R, device=order.device)[:, None, None].expand_as(mask)  # (R, K, T)
+    return tokens, attend[:, None], position_ids, before
+
+
+def packed_logprobs(
+    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+) -> Tensor:
+    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
+    is_input = F.pad(mask, (-1, 1))  # (R, K, T): a response's last token predicts nothing
+    tokens, attend, position_ids, before = pack_tree(query, query_mask, response, is_input)
+    hidden = model.base_model(
+        input_ids=tokens, attention_mask=attend, position_ids=position_ids, use_cache=False
+    ).last_hidden_state  # (R, L, H)
+    row = torch.arange(len(query), device=query.device)[:, None, None].expand_as(mask)  # (R, K, T)
     values = token_logprobs(model, hidden[row[mask], before[mask]], response[mask], temperature)  # (N,)
-    return torch.zeros(R, K, T, device=values.device).masked_scatter(mask, values)
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
 
 
 def padded_logprobs(
@@ -531,6 +539,24 @@ def padded_logprobs(
     attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
     logprobs = response_logprobs(model, ids, attention_mask, t, temperature)  # (R*K, t)
     return F.pad(logprobs, (0, T - t)).view(R, K, T) * mask
+
+
+@torch.no_grad()
+def choose_logprobs_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
+    """packed_logprobs where it agrees with the model's own logits to 1e-3 on a tree made of ids, else padded_logprobs.
+    A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
+    ids = torch.tensor((ids * 32)[:32], device=model.device)
+    query, response = ids[None, :16], torch.stack([ids[16:], ids[:16]])[None]  # (1, 16), (1, 2, 16)
+    mask = torch.arange(16, device=ids.device) < torch.tensor([[[16], [9]]], device=ids.device)  # (1, 2, 16)
+    both = torch.cat([query.expand(2, -1), response[0]], 1)  # (2, 32)
+    logits = model(input_ids=both, use_cache=False).logits[:, 15:-1].float()  # (2, 16, V)
+    expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
+    sliding = getattr(model.config, "sliding_window", None) is not None
+    for logprobs_fn in (packed_logprobs, padded_logprobs)[sliding:]:
+        logprobs = logprobs_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask, 1.0)
+        if (logprobs - expected).abs().max() < 1e-3:
+            return logprobs_fn
+    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
@@ -698,21 +724,6 @@ def sample(
         logits = model(input_ids=token[:, None], past_key_values=cache, **inputs).logits[:, -1]  # (b, V)
     model.train(training)
     return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
-
-
-@torch.no_grad()
-def choose_logprobs_fn(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, stop_ids: list[int], pad_id: int
-) -> Callable:
-    """packed_logprobs where it agrees with the sampler to 1e-3, else padded_logprobs. A tree mask does not fit sliding
-    windows, and the two may differ only past the window: such models are padded unseen."""
-    response, logprobs, mask = sample(model, query, query_mask, 2, 16, 1.0, stop_ids, pad_id, torch.Generator())
-    response, logprobs, mask = (x.view(len(query), 2, -1) for x in (response, logprobs, mask))  # (P, 2, T)
-    sliding = getattr(model.config, "sliding_window", None) is not None
-    for logprobs_fn in (packed_logprobs, padded_logprobs)[sliding:]:
-        if (logprobs_fn(model, query, query_mask, response, mask, 1.0) - logprobs).abs().max() < 1e-3:
-            return logprobs_fn
-    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor, mask: Tensor) -> list[str]:
@@ -911,30 +922,36 @@ def load_run(args: Args) -> tuple[Args, dict]:
     return saved_args, state
 
 
-def check_args(args: Args, world_size: int) -> None:
-    """Whatever the flags alone show to be wrong."""
-    if args.num_generations < 2:
-        bad_input("--num-generations must be at least 2: a completion is compared with its group")
-    if args.generation_batch_size % (args.num_generations * world_size):
-        bad_input(
-            f"--generation-batch-size {args.generation_batch_size} is not a multiple of --num-generations "
-            f"{args.num_generations} x {world_size} processes"
-        )
-    if args.max_eval_samples % world_size:
-        bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
-    for name in ("max_steps", "generation_batch_size", "max_completion_length", "num_iterations", "save_steps",
-                 "eval_steps", "max_eval_samples", "max_tokens_per_microbatch", "learning_rate", "temperature",
-                 "max_grad_norm"):
+def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
+    """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
+    for name in positive:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("warmup_steps", "sft_steps", "weight_decay", "min_lr_rate", "epsilon", "epsilon_high", "beta"):
+    for name in not_negative:
         if getattr(args, name) < 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+
+
+def check_grpo_args(args: Args, world_size: int) -> None:
+    """Whatever the flags alone show to be wrong."""
+    check_ranges(
+        args, ["max_steps", "generation_batch_size", "num_generations", "max_completion_length", "num_iterations",
+               "save_steps", "eval_steps", "max_eval_samples", "max_tokens_per_microbatch", "learning_rate",
+               "temperature", "max_grad_norm"],
+        ["warmup_steps", "sft_steps", "weight_decay", "min_lr_rate", "epsilon", "epsilon_high", "beta"],
+    )
+    if args.num_generations == 1:
+        bad_input("--num-generations must be at least 2: a completion is compared with its group")
+    if args.generation_batch_size % (args.num_generations * world_size):
+        bad_input(f"--generation-batch-size {args.generation_batch_size} is not a multiple of --num-generations "
+                  f"{args.num_generations} x {world_size} processes")
+    if args.max_eval_samples % world_size:
+        bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
     names = [function.__name__.removesuffix("_reward") for function, _ in REWARDS]
     if len({*names, "reward", "reward_model", "kl", "mean_length"}) < len(names) + 4:
         bad_input(f"REWARDS has the names {names}: they must differ, also from reward, reward_model, kl, mean_length")
-    if args.dataset_name is not None and args.model_name_or_path is None:
-        bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
 
 
 def main(args: Args) -> dict[str, float]:
@@ -944,7 +961,7 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is not None:
         args, state = load_run(args)
     device, rank, world_size = set_up_process(args)
-    check_args(args, world_size)
+    check_grpo_args(args, world_size)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     embedded = args.model_name_or_path is None
     initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
@@ -1033,8 +1050,7 @@ def main(args: Args) -> dict[str, float]:
                 "generator": generator.get_state(), "metrics": metrics, "num_tokens": num_tokens, "seconds": seconds,
             })
 
-    probe = pad_sequences([example["ids"] for example in test_examples[:2]], tokenizer.pad_token_id, "left")
-    logprobs_fn = choose_logprobs_fn(model, *(x.to(device) for x in probe), stop_ids, tokenizer.pad_token_id)
+    logprobs_fn = choose_logprobs_fn(model, test_examples[0]["ids"])
     if logprobs_fn is padded_logprobs and rank == 0:
         print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
     if state is None:

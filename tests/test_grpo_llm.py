@@ -201,9 +201,26 @@ def test_sliding_windows_take_the_padded_path():
         "num_attention_heads": 4,
     }
     model = AutoModelForCausalLM.from_config(MistralConfig(**size, num_key_value_heads=2, sliding_window=4)).eval()
-    query, query_mask = pad_sequences(PROMPTS, 0, "left")
-    assert grpo_llm.choose_logprobs_fn(model, query, query_mask, [1], 0) is padded_logprobs
-    assert grpo_llm.choose_logprobs_fn(make_model(), query, query_mask, [1], 0) is packed_logprobs
+    assert grpo_llm.choose_logprobs_fn(model, [3, 4, 5]) is padded_logprobs
+    for architecture in ARCHITECTURES:
+        assert grpo_llm.choose_logprobs_fn(make_model(architecture), [3, 4, 5]) is packed_logprobs
+
+
+def test_a_tree_mask_that_does_not_fit_and_a_head_that_is_not_a_plain_one_are_noticed(monkeypatch, capsys):
+    model = make_model()
+    forward = model.base_model.forward
+
+    def without_the_tree(*arguments, attention_mask=None, **options):
+        is_tree = attention_mask is not None and attention_mask.dim() == 4
+        return forward(*arguments, attention_mask=None if is_tree else attention_mask, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base_model, "forward", without_the_tree)
+        assert grpo_llm.choose_logprobs_fn(model, [3, 4, 5]) is padded_logprobs
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: 2 * logits)
+    with pytest.raises(SystemExit):
+        grpo_llm.choose_logprobs_fn(model, [3, 4, 5])
+    assert "changes its logits after its head" in capsys.readouterr().err
 
 
 # ---- advantages and loss
