@@ -114,6 +114,8 @@ class Args:
     # ---- GRPO
     reward_model_path: str | None = None
     """Hub name or folder of a sequence classifier with one logit, whose score is added to the reward functions'."""
+    normalize_reward_model: bool = False
+    """Standardise its score by the mean and standard deviation that reward_model.py wrote into its config."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a completion, besides the EOS ids of the generation config and the tokenizer's EOS and BOS."""
     max_steps: int = 200
@@ -382,18 +384,23 @@ def supervised_phase(
         optimizer.step()
 
 
-def load_model(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
-    """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off."""
+def load_model(
+    name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
+) -> PreTrainedModel:
+    """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
+    new_head: a classifier's head may be missing, and is then random."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **config_values)
         for key, value in vars(config).items():
             if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
                 setattr(config, key, 0.0)
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    if report["missing_keys"]:
-        bad_input(f"{flag} {name} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}")
+    heads = ("score.", "classifier.") if new_head else ()
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(heads))
+    if missing:
+        bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
     return model
 
 
@@ -410,14 +417,21 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_reward_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one logit, and its own tokenizer."""
+def load_reward_model(
+    name: str, device: torch.device, normalize: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one logit, and its own tokenizer. Without normalize, its config's reward_mean and
+    reward_std, by which reward_model_scores standardises, become 0 and 1."""
     tokenizer = load_tokenizer(name, "--reward-model-path")
     model = load_model(name, "--reward-model-path", AutoModelForSequenceClassification).to(device)
     if model.config.num_labels != 1:
         bad_input(f"--reward-model-path {name} must have one logit, not {model.config.num_labels}")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if normalize and not hasattr(model.config, "reward_std"):
+        bad_input(f"--normalize-reward-model: {name} has no reward_mean and reward_std in its config")
+    if not normalize:
+        model.config.reward_mean, model.config.reward_std = 0.0, 1.0
     return model, tokenizer
 
 
@@ -496,11 +510,11 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     """Rows that hold a prompt once and then its K completions, without padding between them: a tree.
 
     From queries (R, L_q) and responses (R, K, T) with their masks: tokens (R, L), the attention mask (R, 1, L, L), the
-    position ids (R, L), and the place (R, K, T) in its row of the token before each response token. A response's token
-    attends to the prompt and to its own response; position ids go on from the prompt's end in every branch."""
+    position ids (R, L), and the place (R, K, T) of each response token in its row. A response's token attends to the
+    prompt and to its own response; position ids go on from the prompt's end in every branch."""
     R, K, T = response.shape
     real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
-    place = real.cumsum(1) - 1  # (R, L_q + K*T): where a real token stands in its packed row
+    place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
     order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
     offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
@@ -510,9 +524,7 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
     same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
     attend = same_branch & (index[:, None] <= index[:, :, None]) & real.gather(1, order)[:, None]  # (R, L, L)
-    before = place[:, query.shape[1] - 1 : -1].view(R, K, T).clone()
-    before[..., 0] = prompt_length - 1  # every branch starts at the prompt's end
-    return tokens, attend[:, None], position_ids, before
+    return tokens, attend[:, None], position_ids, place
 
 
 def packed_logprobs(
@@ -520,10 +532,12 @@ def packed_logprobs(
 ) -> Tensor:
     """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
     is_input = F.pad(mask, (-1, 1))  # (R, K, T): a response's last token predicts nothing
-    tokens, attend, position_ids, before = pack_tree(query, query_mask, response, is_input)
+    tokens, attend, position_ids, place = pack_tree(query, query_mask, response, is_input)
     hidden = model.base_model(
         input_ids=tokens, attention_mask=attend, position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (R, L, H)
+    before = place.roll(1, 2)  # (R, K, T): of the token before each response token
+    before[..., 0] = query_mask.sum(1, keepdim=True) - 1  # every branch starts at the prompt's end
     row = torch.arange(len(query), device=query.device)[:, None, None].expand_as(mask)  # (R, K, T)
     values = token_logprobs(model, hidden[row[mask], before[mask]], response[mask], temperature)  # (N,)
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
@@ -735,28 +749,31 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, query: Tensor, response
     return [text[len(prefixes[i // G]) :] for i, text in enumerate(texts)]
 
 
+def reward_model_ids(
+    prompt: str | list[dict], completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[int]:
+    """Ids of a prompt with its completion, as a reward model reads them: through its chat template where it has one,
+    and without an EOS else. A text longer than max_length tokens is cut at its end."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt_text(prompt) + completion, truncation=True, max_length=max_length).input_ids
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [*turns, {"role": "assistant", "content": completion}]
+    options = {"tokenize": True, "return_dict": False, "truncation": True, "max_length": max_length}
+    return tokenizer.apply_chat_template(turns, **options)
+
+
 @torch.no_grad()
 def reward_model_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list[str], max_tokens: int
 ) -> list[float]:
-    """The classifier's logit for each prompt with its completion, through the classifier's own tokenizer and template.
-    Texts longer than the classifier's context are cut at their end."""
-    texts = []
-    for prompt, completion in zip(prompts, completions):
-        if tokenizer.chat_template is None:
-            texts.append(prompt_text(prompt) + completion)
-        else:
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            turns = [*turns, {"role": "assistant", "content": completion}]
-            texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    """The classifier's logit, standardised, for each prompt with its completion, through its own tokenizer."""
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
-    special = tokenizer.chat_template is None  # a template has written the special tokens already
-    ids = tokenizer(texts, truncation=True, max_length=limit, add_special_tokens=special).input_ids
-    scores = torch.zeros(len(texts))
+    ids = [reward_model_ids(*pair, tokenizer, limit) for pair in zip(prompts, completions)]
+    scores = torch.zeros(len(ids))
     for batch in make_microbatches([len(sequence) for sequence in ids], max_tokens):
         inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
         scores[batch] = model(**inputs).logits[:, 0].float().cpu()
-    return scores.tolist()
+    return ((scores - model.config.reward_mean) / model.config.reward_std).tolist()
 
 
 def score_completions(
@@ -974,7 +991,9 @@ def main(args: Args) -> dict[str, float]:
     max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
     reward_model = reward_tokenizer = None
     if args.reward_model_path is not None:
-        reward_model, reward_tokenizer = load_reward_model(args.reward_model_path, device)
+        reward_model, reward_tokenizer = load_reward_model(
+            args.reward_model_path, device, args.normalize_reward_model
+        )
     train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
     room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_completion_length
     examples = encode_rows(train_rows, "training", tokenizer, room)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer
+from conftest import CONFIGS, ROOT, make_model, make_tokenizer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
@@ -453,6 +453,7 @@ def test_reward_model_scores_do_not_depend_on_the_batch():
         pad_token_id=0,
     )
     model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.config.reward_mean, model.config.reward_std = 0.5, 2.0
     texts = ["1", "1+2=3", "a" * 40, "12345"]
     tokenizer = make_tokenizer()
     for template in (None, "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}"):
@@ -461,7 +462,25 @@ def test_reward_model_scores_do_not_depend_on_the_batch():
         alone = [grpo_llm.reward_model_scores(model, tokenizer, ["7="], [text], 32)[0] for text in texts]
         assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 4
         ids = tokenizer("7=1" if template is None else "u7=a1", return_tensors="pt")  # `u` is unknown, as in the batch
-        assert together[0] == pytest.approx(model(**ids).logits.item(), abs=1e-5)
+        assert together[0] == pytest.approx((model(**ids).logits.item() - 0.5) / 2, abs=1e-5)
+
+
+def test_the_reward_models_standardisation_is_asked_for(tmp_path, capsys):
+    config = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "num_labels": 1, "pad_token_id": 0})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        grpo_llm.load_reward_model(str(tmp_path), torch.device("cpu"), normalize=True)
+    assert "--normalize-reward-model" in capsys.readouterr().err
+    values = {**json.loads((tmp_path / "config.json").read_text()), "reward_mean": 3.0, "reward_std": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    raw, standardised = (
+        grpo_llm.reward_model_scores(
+            *grpo_llm.load_reward_model(str(tmp_path), torch.device("cpu"), normalize), ["1+1="], ["2"], 99
+        )[0]
+        for normalize in (False, True)
+    )
+    assert standardised == pytest.approx((raw - 3.0) / 0.5)
 
 
 # ---- the whole script on a tiny model
