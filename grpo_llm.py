@@ -260,16 +260,22 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     return train, held_out
 
 
+def is_conversation(value: object) -> bool:
+    """Whether it is a list of turns {role, content}."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in value
+    )
+
+
 def prompt_and_answer(row: dict) -> tuple[str | list[dict], str | None]:
     """A row with TRL's columns (`prompt` or `messages`, `answer` or `solution`) or GSM8K's (`question`, `answer`)."""
     prompt = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
     if prompt is None:
         bad_input(f"--dataset-name has the columns {sorted(row)}, but needs `prompt`, `question` or `messages`")
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):
+    if not isinstance(prompt, str) and not is_conversation(prompt):
         bad_input(f"--dataset-name: {prompt!r} is neither a text nor a list of {{role, content}}")
-    if turns and turns[-1]["role"] == "assistant":
-        prompt = turns[:-1]
+    if prompt and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
     answer = next((row[key] for key in ("answer", "solution") if row.get(key) is not None), None)
     return prompt, None if answer is None else str(answer)
 
@@ -388,7 +394,8 @@ def load_model(
     name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
 ) -> PreTrainedModel:
     """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: a classifier's head may be missing, and is then random."""
+    new_head: a classifier's head may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in Stiennon
+    et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
         for key, value in vars(config).items():
@@ -397,10 +404,11 @@ def load_model(
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    heads = ("score.", "classifier.") if new_head else ()
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith(heads))
-    if missing:
+    missing = sorted(report["missing_keys"])
+    if not all(new_head and re.search(r"(^|\.)(score|classifier|pooler)\.", key) for key in missing):
         bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
+    for parameter in map(model.get_parameter, missing):
+        nn.init.normal_(parameter, std=(model.config.hidden_size + 1) ** -0.5 if parameter.dim() > 1 else 0.0)
     return model
 
 
