@@ -43,6 +43,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -94,7 +95,8 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default where there is CUDA."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA; on the CPU of a machine
+    that has CUDA it is never used."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
@@ -139,7 +141,8 @@ class Args:
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
     """Mean over all tokens (DAPO), over each response first (GRPO), or sum / responses / maximal length (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7)."""
+    """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7, which goes
+    with --loss-type grpo and far smaller epsilons)."""
     epsilon: float = 0.2
     """The ratio is clipped at 1 - epsilon from below (PPO)."""
     epsilon_high: float = 0.28
@@ -161,7 +164,7 @@ def bad_input(message: str) -> NoReturn:
 # ---- rewards: plain functions, meant to be edited --------------------------------------------------------------------
 # reward(prompt, completion, answer) -> float, or None where it does not apply; answer is None for data without answers.
 
-NUMBER = r"(?:(?<![\d.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
@@ -170,7 +173,7 @@ def extract_number(text: str) -> float | None:
     """The last answer marked as `#### N` or `\\boxed{N}`, else the last number; None if that is no plain number."""
     marked = MARKED.findall(text)
     if marked:
-        content = "".join(marked[-1]).replace("$", "").replace("\\", "").strip(" .")
+        content = "".join(marked[-1]).replace("$", "").replace("\\", "").strip().rstrip(".")
         return float(content.replace(",", "")) if re.fullmatch(NUMBER, content) else None
     found = re.findall(NUMBER, text)
     return float(found[-1].replace(",", "")) if found else None
@@ -182,8 +185,10 @@ def prompt_text(prompt: str | list[dict]) -> str:
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's (GSM8K's answers end in `#### N`), else 0."""
-    expected = None if answer is None else extract_number(answer)
+    """1 if the completion's final number is the answer's, else 0; None where the answer is neither a number nor has a
+    marked one (GSM8K's end in `#### N`)."""
+    plain = answer is not None and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
+    expected = extract_number(answer) if plain else None  # not the last number of a formula
     return None if expected is None else float(extract_number(completion) == expected)
 
 
@@ -245,7 +250,7 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
                 splits = {args.dataset_train_split: datasets.Dataset.from_parquet(str(path))}
             else:
                 splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
         splits = {name: list(split) for name, split in splits.items()}
     if args.dataset_train_split not in splits:
@@ -434,8 +439,7 @@ def load_reward_model(
     model = load_model(name, "--reward-model-path", AutoModelForSequenceClassification).to(device)
     if model.config.num_labels != 1:
         bad_input(f"--reward-model-path {name} must have one logit, not {model.config.num_labels}")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which transformers finds the last token
     if normalize and not hasattr(model.config, "reward_std"):
         bad_input(f"--normalize-reward-model: {name} has no reward_mean and reward_std in its config")
     if not normalize:
@@ -447,7 +451,8 @@ def load_reward_model(
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
-    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak; exactly min_lr_rate at the last one."""
+    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
+    last step, if there are at least two steps after the warm-up and it is not constant."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
@@ -464,32 +469,38 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
         rows, columns = TILE[hidden.device.type]
-        logsumexp = torch.empty(len(hidden), device=hidden.device)  # (N,)
+        logit, logsumexp = torch.zeros(2, len(hidden), device=hidden.device)  # (N,), (N,)
         for row in range(0, len(hidden), rows):
-            h = hidden[row : row + rows].to(dtype)  # (n, H)
-            parts = [(h @ w.to(dtype).T).float().div_(temperature).logsumexp(1) for w in weight.split(columns)]
+            h, parts = hidden[row : row + rows].to(dtype), []  # (n, H)
+            for column, w in zip(range(0, len(weight), columns), weight.split(columns)):
+                logits = (h @ w.to(dtype).T).float().div_(temperature)  # (n, v)
+                parts.append(logits.logsumexp(1))
+                index = target[row : row + rows, None] - column  # (n, 1)
+                inside = (index >= 0) & (index < len(w))  # (n, 1)
+                logit[row : row + rows] += (logits.gather(1, index.clamp(0, len(w) - 1)) * inside)[:, 0]
             logsumexp[row : row + rows] = torch.stack(parts).logsumexp(0)
         ctx.save_for_backward(hidden, weight, target, logsumexp)
         ctx.temperature, ctx.dtype = temperature, dtype
-        logit = (hidden.to(dtype).float() * weight[target].to(dtype).float()).sum(1).to(dtype).float()  # rounded alike
-        return logit / temperature - logsumexp
+        return logit - logsumexp
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         hidden, weight, target, logsumexp = ctx.saved_tensors
         rows, columns = TILE[hidden.device.type]
-        grad = (grad / ctx.temperature)[:, None]  # (N, 1); d logprob / d logits = onehot(target) - softmax
-        d_hidden = grad * weight[target]  # (N, H)
-        d_weight = torch.zeros_like(weight).index_add_(0, target, grad * hidden.float())  # (V, H)
+        grad = (grad / ctx.temperature)[:, None]  # (N, 1)
+        d_hidden, d_weight = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(weight)  # (N, H), (V, H)
         for row in range(0, len(hidden), rows):
             part = slice(row, row + rows)
             h = hidden[part].to(ctx.dtype)  # (n, H)
-            for column in range(0, len(weight), columns):
-                w = weight[column : column + columns].to(ctx.dtype)  # (v, H)
-                probs = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[part, None]).exp_()  # (n, v)
-                probs = probs.mul_(grad[part]).to(ctx.dtype)
-                d_hidden[part] -= probs @ w
-                d_weight[column : column + columns] -= probs.T @ h
+            for column, w in zip(range(0, len(weight), columns), weight.split(columns)):
+                w = w.to(ctx.dtype)  # (v, H)
+                # d logprob / d logits = onehot(target) - softmax, in fp32, as both are near 1 for most tokens
+                d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[part, None]).exp_().neg_()  # (n, v)
+                index = target[part, None] - column  # (n, 1)
+                inside = (index >= 0) & (index < len(w))  # (n, 1)
+                d = d.scatter_add_(1, index.clamp(0, len(w) - 1), inside.float()).mul_(grad[part]).to(ctx.dtype)
+                d_hidden[part] += d @ w
+                d_weight[column : column + columns] += d.T @ h
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
@@ -573,8 +584,8 @@ def choose_logprobs_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
     both = torch.cat([query.expand(2, -1), response[0]], 1)  # (2, 32)
     logits = model(input_ids=both, use_cache=False).logits[:, 15:-1].float()  # (2, 16, V)
     expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
-    sliding = getattr(model.config, "sliding_window", None) is not None
-    for logprobs_fn in (packed_logprobs, padded_logprobs)[sliding:]:
+    sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+    for logprobs_fn in [padded_logprobs] if sliding else [packed_logprobs, padded_logprobs]:
         logprobs = logprobs_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask, 1.0)
         if (logprobs - expected).abs().max() < 1e-3:
             return logprobs_fn
@@ -776,11 +787,15 @@ def reward_model_scores(
 ) -> list[float]:
     """The classifier's logit, standardised, for each prompt with its completion, through its own tokenizer."""
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
-    ids = [reward_model_ids(*pair, tokenizer, limit) for pair in zip(prompts, completions)]
+    try:
+        ids = [reward_model_ids(*pair, tokenizer, limit) for pair in zip(prompts, completions)]
+    except TemplateError as error:
+        bad_input(f"--reward-model-path: its chat template refuses a prompt: {error}")
     scores = torch.zeros(len(ids))
     for batch in make_microbatches([len(sequence) for sequence in ids], max_tokens):
-        inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
-        scores[batch] = model(**inputs).logits[:, 0].float().cpu()
+        inputs, mask = pad_sequences([ids[i] for i in batch], model.config.pad_token_id, "right")  # (b, L)
+        logits = model(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device)).logits  # (b, 1)
+        scores[batch] = logits[:, 0].float().cpu()
     return ((scores - model.config.reward_mean) / model.config.reward_std).tolist()
 
 
@@ -798,15 +813,16 @@ def score_completions(
         weights.append(1.0)
     for name, values in scores.items():
         for prompt, value in zip(prompts, values):
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
                 bad_input(f"{name} returned {value!r}, not a finite number, for prompt {prompt_text(prompt)!r}")
         scores[name] = torch.tensor([math.nan if value is None else float(value) for value in values])  # (B,)
     table = torch.stack(list(scores.values()))  # (rewards, B)
     used = table[[weight != 0 for weight in weights]]
-    if used.isnan().all(0).any():
-        prompt = prompts[int(used.isnan().all(0).nonzero()[0])]
-        bad_input(f"no reward applies to prompt {prompt_text(prompt)!r}: --dataset-name needs a column `answer` or "
-                  "`solution`, or there must be a --reward-model-path")
+    without = used.isnan().all(0)  # (B,)
+    if without.any():
+        index = int(without.nonzero()[0])
+        bad_input(f"no reward applies to prompt {prompt_text(prompts[index])!r} with answer {answers[index]!r}: "
+                  "--dataset-name needs numbers in `answer` or `solution`, or there must be a --reward-model-path")
     return (torch.tensor(weights)[:, None] * table).nansum(0), scores
 
 
@@ -815,6 +831,11 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> 
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
+
+
+def wait_for_all(device: torch.device) -> None:
+    """No process goes on before all have come here: reading the sum makes it wait, also for CUDA."""
+    all_reduce(torch.zeros(1, device=device)).item()
 
 
 def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
@@ -847,7 +868,7 @@ def evaluate(
                     ref_logprobs[mb] = logprobs_fn(ref_model, *inputs, 1.0)[:, 0]
                 values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # (P,): log pi / pi_ref of whole responses, nats
                 values["eval/mean_length"] = mask.sum(1).float()
-                for example, completion, reward in list(zip(batch, completions, rewards))[: 8 if start == 0 else 0]:
+                for example, completion, reward in zip(batch[:8] if start == 0 else [], completions, rewards):
                     cells = [prompt_text(example["prompt"]), completion, f"{reward:.2f}"]
                     table += "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
             for name, value in values.items():
@@ -894,10 +915,13 @@ def set_up_process(args: Args) -> tuple[torch.device, int, int]:
     if args.device == "cuda" and not torch.cuda.is_available():
         bad_input("--device cuda, but torch sees no CUDA device")
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_cuda and local_rank >= torch.cuda.device_count():
+        bad_input(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
+    device = torch.device(f"cuda:{local_rank}" if on_cuda else "cpu")
     if on_cuda:
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ:
         dist.init_process_group("nccl" if on_cuda else "gloo")
         return device, dist.get_rank(), dist.get_world_size()
     return device, 0, 1
@@ -972,6 +996,8 @@ def check_grpo_args(args: Args, world_size: int) -> None:
                   f"{args.num_generations} x {world_size} processes")
     if args.max_eval_samples % world_size:
         bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
+    if args.normalize_reward_model and args.reward_model_path is None:
+        bad_input("--normalize-reward-model needs --reward-model-path")
     if args.dataset_name is not None and args.model_name_or_path is None:
         bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
     names = [function.__name__.removesuffix("_reward") for function, _ in REWARDS]
@@ -987,15 +1013,17 @@ def main(args: Args) -> dict[str, float]:
         args, state = load_run(args)
     device, rank, world_size = set_up_process(args)
     check_grpo_args(args, world_size)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+    bf16 = args.bf16 and (device.type == "cuda" or not torch.cuda.is_available())
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     embedded = args.model_name_or_path is None
     initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
-    if embedded and state is None:
+    if embedded and args.resume is None:
         model, tokenizer = embedded_model(args.seed)
     else:
         tokenizer = load_tokenizer(initial, "--model-name-or-path")
         model = load_model(initial, "--model-name-or-path")
-    cpu_tokens = 4096 if model.config.vocab_size > 65536 else 1024
+    config = model.config.get_text_config()
+    cpu_tokens = 4096 if config.vocab_size > 65536 else 1024
     max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
     reward_model = reward_tokenizer = None
     if args.reward_model_path is not None:
@@ -1003,22 +1031,30 @@ def main(args: Args) -> dict[str, float]:
             args.reward_model_path, device, args.normalize_reward_model
         )
     train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
-    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_completion_length
+    room = getattr(config, "max_position_embeddings", math.inf) - args.max_completion_length
     examples = encode_rows(train_rows, "training", tokenizer, room)
     test_examples = encode_rows(test_rows[: args.max_eval_samples], "held-out", tokenizer, room)
     test_examples = test_examples[: len(test_examples) // world_size * world_size]
+    if not test_examples:
+        bad_input(f"--dataset-name: there are fewer held-out rows than {world_size} processes")
+    if reward_model is None:  # what no reward function can judge is said now, and not in the middle of the run
+        prompts, answers = ([e[key] for e in examples + test_examples] for key in ("prompt", "answer"))
+        score_completions(prompts, [""] * len(prompts), answers, None, None, max_tokens)
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
     run_dir, writer = open_run(args, task, state["step"] if state else 0, device)
-    if embedded and state is None:
+    if embedded and args.resume is None:
         initial = f"{run_dir}/sft"
         if rank == 0:
             supervised_phase(model.to(device), tokenizer, train_rows, args.sft_steps, args.seed)
             save_model(Path(initial), model, tokenizer)
-        all_reduce(torch.zeros(1, device=device))  # the other processes wait for the file
+        wait_for_all(device)
         model = load_model(initial, "--model-name-or-path")
     model.to(device)
+    logprobs_fn = choose_logprobs_fn(model, test_examples[0]["ids"])
+    if logprobs_fn is padded_logprobs and rank == 0:
+        print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     ref_model = load_model(initial, "--model-name-or-path").to(device) if args.beta != 0.0 else None
@@ -1036,6 +1072,7 @@ def main(args: Args) -> dict[str, float]:
         generator.set_state(state["generator"])
         metrics, first_step, num_tokens = state["metrics"], state["step"], state["num_tokens"]
         seconds_before = state["seconds"]
+        del state  # the weights and moments are in memory twice
 
     # ---- what training and evaluation share
     def rollout(batch: list[dict], num_generations: int, temperature: float, generator: torch.Generator) -> tuple:
@@ -1051,7 +1088,8 @@ def main(args: Args) -> dict[str, float]:
 
     def score(batch: list[dict], completions: list[str], num_generations: int) -> tuple[Tensor, dict[str, Tensor]]:
         prompts, answers = ([e[key] for e in batch for _ in range(num_generations)] for key in ("prompt", "answer"))
-        return score_completions(prompts, completions, answers, reward_model, reward_tokenizer, max_tokens)
+        with autocast():
+            return score_completions(prompts, completions, answers, reward_model, reward_tokenizer, max_tokens)
 
     def forward_logprobs(model: PreTrainedModel, *inputs: Tensor) -> Tensor:
         with autocast():
@@ -1077,13 +1115,11 @@ def main(args: Args) -> dict[str, float]:
                 "generator": generator.get_state(), "metrics": metrics, "num_tokens": num_tokens, "seconds": seconds,
             })
 
-    logprobs_fn = choose_logprobs_fn(model, test_examples[0]["ids"])
-    if logprobs_fn is padded_logprobs and rank == 0:
-        print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
-    if state is None:
+    if args.resume is None:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
-    done, G, P = first_step, args.num_generations, args.generation_batch_size // args.num_generations
+    done, B, G = first_step, args.generation_batch_size, args.num_generations
+    P = B // G
     interrupts: list[int] = []
 
     def on_interrupt(number: int, _) -> None:
@@ -1147,7 +1183,6 @@ def main(args: Args) -> dict[str, float]:
             )
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.zero_grad()
             for rows in microbatches:
                 mb = {name: x[rows] for name, x in trees.items()}
                 mb_logprobs = forward_logprobs(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
@@ -1169,15 +1204,16 @@ def main(args: Args) -> dict[str, float]:
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if not grad_norm.isfinite():
                 save(run_dir / "nonfinite.pt", step)
-                all_reduce(torch.zeros(1, device=device))  # the other processes wait for the file
+                wait_for_all(device)
                 bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
             optimizer.step()
+            optimizer.zero_grad()  # gradients take no memory while the next rollout is sampled
 
         # ---- log
         logs = sum_over_processes(stats, device)
         all_reduce(logprob_difference, dist.ReduceOp.MAX)
         num_tokens += int(sums["tokens"])
-        reward, B = sums["reward"] / (P * G), P * G
+        reward = sums["reward"] / B
         for name in scores:
             if sums[f"rewards/{name}/n"]:
                 logs[f"train/rewards/{name}/mean"] = sums[f"rewards/{name}"] / sums[f"rewards/{name}/n"]
@@ -1211,6 +1247,7 @@ def main(args: Args) -> dict[str, float]:
     signal.signal(signal.SIGINT, old_handler)
     if rank == 0:
         save_model(run_dir / "model", model, tokenizer)
+    wait_for_all(device)  # one that ended early would have torchrun end the others
     if done < args.max_steps:
         if rank == 0:
             print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")

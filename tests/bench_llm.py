@@ -2,13 +2,17 @@
 
     python tests/bench_llm.py --method grpo --size M                   # both from this interpreter
     python tests/bench_llm.py --method grpo --size M --bf16 --peer-python ~/venvs/trl/bin/python
-    python tests/bench_llm.py --method grpo --size qwen2.5-0.5b --bf16 --device cuda
+    python tests/bench_llm.py --method dpo --size qwen2.5-0.5b --bf16 --device cuda
 
 Both run the real thing (`main(Args(...))` of our script; TRL's trainer with the same settings, without gradient
-checkpointing) on one random-weight Qwen2 model and one file of prompts: 8 prompts of 64 tokens x 8 completions of at
-most 64 a step, temperature 1. The learning rate is too small to change a weight, so that all steps are alike. Each
-token is the last with a chance of about 1/32, by the way the model is made; the measured mean lengths (27.8 tokens are
-expected) show that both did the same work. With few steps they differ by chance, and the ratio with them.
+checkpointing) on one random-weight Qwen2 model and one file of data. The learning rate is too small to change a weight,
+so that all steps are alike.
+
+grpo: 8 prompts of 64 tokens x 8 completions of at most 64 a step, temperature 1. Each token is the last with a chance
+of about 1/32, by the way the model is made; the measured mean lengths (27.8 tokens are expected) show that both did the
+same work. With few steps they differ by chance, and the ratio with them.
+dpo: 8 pairs a step, prompts of 128 tokens, answers of 64; the reference's log-probabilities are computed before, in
+both. reward: the same (TRL reads one token more, as it ends an answer with EOS).
 
 Each side is a process of its own, which does one step when it is told to and then reports. The two take turns, so that
 a slow minute of the machine hits both. On the CPU both have the same single core and one thread, and seconds are the
@@ -40,7 +44,8 @@ SIZES = {  # layers, hidden, MLP, heads, key-value heads, vocabulary; the last t
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936),
 }
-PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64
+PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64  # of grpo
+PAIRS, PAIR_PROMPT_LENGTH, ANSWER_LENGTH = 8, 128, 64  # of dpo and reward
 EOS_CHANCE = 1 / 32
 LEARNING_RATE = 1e-30  # no fp32 weight feels it; 0 means "the default" to some flags
 PHASES = ("rollout", "reward", "update", "optimizer", "other")
@@ -65,6 +70,14 @@ def build(spec: dict) -> None:
         for _ in range(PROMPTS * (spec["steps"] + spec["warmup"] + 2)):
             prompt = "".join(rng.choices(letters, k=PROMPT_LENGTH))
             file.write(json.dumps({"prompt": prompt, "answer": "0"}) + "\n")
+    with open("pairs.jsonl", "w") as file:
+        for _ in range(PAIRS * (spec["steps"] + spec["warmup"] + 2)):
+            lengths = {
+                "prompt": PAIR_PROMPT_LENGTH,
+                "chosen": ANSWER_LENGTH - 1,
+                "rejected": ANSWER_LENGTH - 1,
+            }  # + EOS
+            file.write(json.dumps({key: "".join(rng.choices(letters, k=k)) for key, k in lengths.items()}) + "\n")
 
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
@@ -232,7 +245,57 @@ def grpo_peer(spec: dict, watch: Stopwatch) -> None:
     trainer.train()
 
 
-METHODS = {"grpo": (grpo_ours, grpo_peer)}
+def pairs_ours(spec: dict, watch: Stopwatch) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import dpo
+    import reward_model
+
+    script = dpo if spec["method"] == "dpo" else reward_model
+    data_order = script.data_order
+
+    def watched_data_order(*args):
+        watch.next_step()
+        watch.lengths = [ANSWER_LENGTH] * 2 * PAIRS
+        return data_order(*args)
+
+    script.data_order = watched_data_order
+    steps = watch.steps_left + 1
+    script.main(script.Args(
+        model_name_or_path="model", dataset_name="pairs.jsonl", device=spec["device"], bf16=spec["bf16"],
+        max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PAIRS, learning_rate=LEARNING_RATE,
+        train_batch_size=PAIRS, seed=spec["seed"],
+    ))  # fmt: skip
+
+
+def pairs_peer(spec: dict, watch: Stopwatch) -> None:
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            watch.next_step()
+            watch.lengths = [ANSWER_LENGTH] * 2 * PAIRS
+
+    settings = {
+        "output_dir": "peer", "save_strategy": "no", "report_to": "none", "logging_steps": 1,
+        "max_steps": watch.steps_left + 1, "model_init_kwargs": {"dtype": "float32"}, "bf16": spec["bf16"],
+        "use_cpu": spec["device"] == "cpu", "per_device_train_batch_size": PAIRS, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False, "optim": "adamw_torch_fused", "learning_rate": LEARNING_RATE,
+        "max_grad_norm": 1.0, "seed": spec["seed"],
+    }  # fmt: skip
+    data = {"train_dataset": Dataset.from_json("pairs.jsonl"), "callbacks": [Turns()]}
+    if spec["method"] == "dpo":
+        DPOTrainer("model", args=DPOConfig(**settings, precompute_ref_log_probs=True, beta=0.1), **data).train()
+    else:
+        RewardTrainer("model", args=RewardConfig(**settings), **data).train()
+
+
+METHODS = {
+    "grpo": (grpo_ours, grpo_peer),
+    "dpo": (pairs_ours, pairs_peer),
+    "reward": (pairs_ours, pairs_peer),
+}
 
 
 def work(side: str, spec: dict) -> None:
@@ -294,6 +357,14 @@ def limits(options: argparse.Namespace, side: dict) -> dict[str, float]:
     head = vocabulary * hidden  # tied: it is also the embedding, which costs nothing to read
     body = layers * (hidden * hidden * (2 + 2 * kv_heads / heads) + 3 * hidden * mlp)
     rollout, update = side["phases"]["rollout"], side["phases"]["update"]
+    if options.method != "grpo":
+        tokens = 2 * PAIRS * ANSWER_LENGTH
+        head_tokens = tokens if options.method == "dpo" else 0
+        flop = 6 * (body * (PAIRS * PAIR_PROMPT_LENGTH + tokens) + head * head_tokens)
+        return {
+            "update_tokens_per_second": tokens / update,
+            "update_share_of_flops": flop / options.peak_flops / update,
+        }
     tokens = side["mean_length"] * PROMPTS * GENERATIONS
     read = side["longest"] * (body + head) * (2 if options.bf16 else 4)
     flop = 6 * (body * (PROMPTS * PROMPT_LENGTH + tokens) + head * tokens)
@@ -354,7 +425,7 @@ def main() -> None:
         lengths = [length for step in steps for length in step["lengths"]]
         seconds = median(sum(step["phases"].values()) for step in steps)
         sides[side] = {
-            "token_ms": 1000 * seconds / mean(lengths) / (PROMPTS * GENERATIONS),
+            "token_ms": 1000 * seconds / (sum(lengths) / len(steps)),
             "seconds": seconds,
             "phases": {phase: median(step["phases"][phase] for step in steps) for phase in PHASES},
             "mean_length": mean(lengths),
@@ -370,7 +441,8 @@ def main() -> None:
         values = [{**side, **side["phases"]}[key] for side in sides.values()]
         ratio = f"{values[1] / values[0]:12.2f}" if other and values[0] else ""
         print(f"{label:24}" + "".join(f"{value:12.4g}" for value in values) + ratio)
-    print(f"groups of equal rewards: {mean(step['equal'] for step in reports['ours']):.0%}")
+    if options.method == "grpo":
+        print(f"groups of equal rewards: {mean(step['equal'] for step in reports['ours']):.0%}")
 
     result = {
         "method": options.method, "size": options.size, "device": options.device,

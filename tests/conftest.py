@@ -1,5 +1,6 @@
 """Fixtures that the tests of every script use."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; a missing name fails
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -70,3 +73,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the real models and data are not at hand")
     return SHARED
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run_folder(args) -> Path:
+    """The one run folder below --output-dir."""
+    (folder,) = (path.parent for path in Path(args.output_dir).glob("*/args.json"))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -8,7 +8,7 @@ from dataclasses import fields
 from importlib import import_module
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -20,6 +20,8 @@ TINY = {
         "sft_steps": 1, "max_steps": 1, "generation_batch_size": 8, "num_generations": 4, "max_completion_length": 8,
         "max_eval_samples": 4, "beta": 0.1,
     },
+    "dpo": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
+    "reward_model": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
 }  # fmt: skip
 
 
@@ -124,10 +126,10 @@ def test_the_readme_explains_exactly_the_tags_that_are_written(script, tmp_path)
         **TINY[script], output_dir=str(tmp_path), device="cpu", **({"bf16": False} if "bf16" in SOURCES[script] else {})
     )
     module.main(args)
-    (folder,) = tmp_path.iterdir()
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(run_folder(module.Args(output_dir=str(tmp_path)))))
     events.Reload()
     written = set(events.Tags()["scalars"]) | {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
+    written |= set(events.Tags()["images"])
     section = README.split("## Tags")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.+?`) \|(.+?)\|", section, re.MULTILINE)
     explained = {

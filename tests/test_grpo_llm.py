@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, make_model, make_tokenizer
+from conftest import CONFIGS, ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -122,6 +122,29 @@ def test_gradients_equal_the_naive_ones(architecture, logprobs_fn, monkeypatch):
     ]
     for gradient, naive in zip(gradients, torch.autograd.grad(sum(rows), list(model.parameters()))):
         assert (gradient - naive).norm() <= 1e-4 * naive.norm() + 1e-6
+
+
+def test_the_bf16_gradient_of_confident_tokens_is_as_good_as_autocasts():
+    """1 - p must be taken in fp32: of a token with p = 0.9999, a rounded softmax term would leave nothing but noise."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(50, 32, generator=generator)
+    target = torch.arange(64) % 50
+    hidden = (weight[target] * 0.4 + 0.1 * hidden).requires_grad_()  # the target's logit stands out
+    weight.requires_grad_()
+    values = {}
+    for name in ("exact", "ours", "autocast"):
+        if name == "ours":
+            logprobs = grpo_llm.TokenLogprobs.apply(hidden, weight, target, 1.0, torch.bfloat16)
+        else:
+            dtype = torch.float64 if name == "exact" else torch.bfloat16
+            logits = (hidden.to(dtype) @ weight.to(dtype).T).to(torch.float64 if name == "exact" else torch.float32)
+            logprobs = logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+        gradients = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+        values[name] = (logprobs.detach(), *(gradient.double() for gradient in gradients))
+    assert 0.97 < values["exact"][0].exp().median() < 1
+    for i in (1, 2):
+        error, plain = ((values[name][i] - values["exact"][i]).norm() for name in ("ours", "autocast"))
+        assert error < 1.5 * plain + 1e-6
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -376,6 +399,7 @@ def test_learning_rate_schedule_ends_exactly():
 @pytest.mark.parametrize("text, number", [
     ("-12=132", 132), ("48/2 = 24. So it is 72.", 72), ("so 3\n#### 1,000", 1000), ("\\boxed{\\$72.50} in 2 d", 72.5),
     ("\\boxed{\\frac{1}{2}}", None), ("\\boxed{3/4}", None), ("#### -$5", -5),
+    ("#### .5", 0.5), ("\\boxed{.5}", 0.5), ("it is -.5.", -0.5),
     ("10-3=7", 7), ("it is -5", -5), ("#### -4", -4), ("none", None), ("", None), ("x-3", -3),
 ])  # fmt: skip
 def test_extract_number(text, number):
@@ -385,6 +409,9 @@ def test_extract_number(text, number):
 def test_rewards_by_hand():
     assert grpo_llm.accuracy_reward("", "I think 7.0", "... #### 7") == 1.0
     assert grpo_llm.accuracy_reward("", "no idea", "#### 7") == 0.0
+    for formula in ("\\frac{1}{2}", "x^2", "3/2", "2 or 3"):
+        assert grpo_llm.accuracy_reward("", "it is 2", formula) is None
+    assert grpo_llm.accuracy_reward("", "it is 1000", " 1,000 ") == 1.0
     assert grpo_llm.accuracy_reward("", "Paris", "Paris") is None and grpo_llm.accuracy_reward("", "1", None) is None
     assert [format_reward("", c, None) for c in ("-12=132", "132", "#### 4", "2+2 is 4\n#### 4")] == [
         1.0,
@@ -486,17 +513,14 @@ def test_the_reward_models_standardisation_is_asked_for(tmp_path, capsys):
 # ---- the whole script on a tiny model
 
 
-def write_rows(path: Path, rows=None) -> str:
-    rows = rows or [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
 
 
 @pytest.fixture
 def tiny(tmp_path, model_folder):
     """Flags of a run of seconds, to be overridden."""
     defaults = {
-        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "sums.jsonl"), "max_steps": 4,
+        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "sums.jsonl", SUMS), "max_steps": 4,
         "generation_batch_size": 16, "num_generations": 4, "max_completion_length": 6, "learning_rate": 1e-2,
         "max_eval_samples": 4, "output_dir": str(tmp_path / "runs"), "device": "cpu", "bf16": False, "save_steps": 2,
         "beta": 0.1,
@@ -527,21 +551,6 @@ def run_apart(args: Args, folder: Path, processes: int = 1, before: str = "") ->
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     flags = json.dumps(grpo_llm.asdict(args))
     return subprocess.run([*command, flags], env=environment, capture_output=True, text=True, timeout=300)
-
-
-def run_folder(args: Args) -> Path:
-    (folder,) = Path(args.output_dir).iterdir()
-    return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_a_run_learns_logs_and_saves(tiny, capsys):
@@ -874,6 +883,7 @@ BAD_ROWS = {
     "not an object": ("[1, 2]\n", "line 1"),
     "no prompt column": ('{"text": "1"}\n' * 9, "['text']"),
     "empty prompt": ('{"prompt": " ", "answer": "1"}\n' * 9, "row 1 is empty"),
+    "answer that is no number": ('{"prompt": "1+1=", "answer": "x^2"}\n' * 9, "with answer 'x^2'"),
     "no answer and no reward model": ('{"prompt": "1+1="}\n' * 9, "--reward-model-path"),
     "too long a prompt": (json.dumps({"prompt": "1" * 126, "answer": "1"}) + "\n", "126 tokens"),
     "empty file": ("", "0 training"),
@@ -890,6 +900,14 @@ def test_bad_rows_are_named(tiny, tmp_path, case, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and "--dataset-name" in error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_numpys_numbers_are_rewards(tiny, monkeypatch):
+    def numpy_reward(prompt, completion, answer):
+        return numpy.float32(len(completion))
+
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((numpy_reward, 1.0),))
+    assert main(tiny(max_steps=1))["eval/reward"] > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "good", [1.0]])
