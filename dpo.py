@@ -13,8 +13,8 @@ preferences, that term cancels, and the likelihood of the preferences is a loss 
     L(theta) = -E[ log sigmoid( beta (log pi(y_w|x) / pi_ref(y_w|x) - log pi(y_l|x) / pi_ref(y_l|x)) ) ]
 
 DPO: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7. Label smoothing: cDPO, Mitchell 2023, eq. 3. `robust`: Chowdhury
-et al. 2024 (arXiv:2403.00409). `ipo`: Azar et al. 2024 (arXiv:2310.12036), eq. 17. `hinge`: SLiC, Zhao et al. 2023
-(arXiv:2305.10425). `--rpo-alpha`: Pang et al. 2024 (arXiv:2404.19733), eq. 1.
+et al. 2024 (arXiv:2403.00409). `ipo`: Azar et al. 2024 (arXiv:2310.12036), eq. 17. `hinge`: SLiC's, on log ratios as
+in RSO, Liu et al. 2024 (arXiv:2309.06657). `--rpo-alpha`: Pang et al. 2024 (arXiv:2404.19733).
 
 The reference's log-probabilities are computed once and kept on disk: it is not in memory while the policy trains.
 
@@ -94,13 +94,13 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA; on the CPU of a machine
-    that has CUDA it is never used."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA.
+    Without effect under --device cpu where there is CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA; 1024 on the CPU, or
-    4096 where the vocabulary exceeds 65536, as every pass makes gradients of the embeddings' whole size."""
+    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
+    (4096 there for vocabularies over 65536: every pass makes gradients of the embeddings' whole size.)"""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -131,7 +131,7 @@ class Args:
     """Strength of the KL penalty to the reference. Under ipo it is tau, and log-probabilities are means over tokens.
     None: 0.3 for the embedded model, 0.1 (the paper's and TRL's) for a given one."""
     loss_type: Literal["sigmoid", "ipo", "robust", "hinge"] = "sigmoid"
-    """sigmoid (DPO; cDPO with --label-smoothing), ipo, robust (needs --label-smoothing), or hinge (SLiC)."""
+    """sigmoid (DPO; cDPO with --label-smoothing), ipo, robust (sigmoid without --label-smoothing), or hinge (SLiC)."""
     label_smoothing: float = 0.0
     """Share of the preferences that are taken to be the wrong way round, below 0.5; for sigmoid and robust."""
     rpo_alpha: float = 0.0
@@ -240,6 +240,8 @@ def prompt_and_answers(row: dict) -> tuple[str | list[dict], list[str]]:
     """The prompt of a row and its answers, best first: `completions`, or `chosen` and `rejected`. An answer is a text,
     or a conversation whose last turn it is; without a `prompt`, the turns before that one are the prompt."""
     answers = row.get("completions") or [row.get("chosen"), row.get("rejected")]
+    if not isinstance(answers, list):
+        bad_input(f"--dataset-name: {answers!r:.200} in `completions` is not a list of answers")
     prompt = row.get("prompt")
     if prompt is None and is_conversation(answers[0]):
         prompt = answers[0][:-1]
@@ -278,8 +280,9 @@ def encode_answer(
 
 def encode_pairs(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
     """Examples {prompt, query, responses} of rows, and a line that counts what was left out or cut."""
-    examples, counts = [], {"with an empty or the same answer left out": 0, "too long a prompt left out": 0, "cut": 0}
-    empty, long, cut = counts
+    examples, empty, same, cut = [], "with an empty or the same answer left out", "the same once cut left out", "cut"
+    long = "with too long a prompt left out"
+    counts = {empty: 0, long: 0, same: 0, cut: 0}
     for number, row in enumerate(rows, 1):
         prompt, answers = prompt_and_answers(row)
         if len(answers) != 2:
@@ -300,6 +303,9 @@ def encode_pairs(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBas
             continue
         counts[cut] += any(len(response) > room for response in responses)
         responses = [response[:room] for response in responses]
+        if responses[0] == responses[1]:
+            counts[same] += 1
+            continue
         examples.append({"prompt": prompt, "answer": row.get("answer"), "query": query, "responses": responses})
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     if found and os.environ.get("RANK", "0") == "0":
@@ -391,8 +397,8 @@ def load_model(
     name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
 ) -> PreTrainedModel:
     """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: a classifier's head may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in Stiennon
-    et al. 2020 (arXiv:2009.01325), appendix B."""
+    new_head: whatever is not the backbone may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in
+    Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
         for key, value in vars(config).items():
@@ -401,11 +407,15 @@ def load_model(
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    missing = sorted(report["missing_keys"])
-    if not all(new_head and re.search(r"(^|\.)(score|classifier|pooler)\.", key) for key in missing):
+    backbone = rf"(?!.*pooler){model.base_model_prefix}\."
+    heads = {key for key in report["missing_keys"] if new_head and not re.match(backbone, key)}
+    if missing := sorted(report["missing_keys"] - heads):
         bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
-    for parameter in map(model.get_parameter, missing):
-        nn.init.normal_(parameter, std=(model.config.hidden_size + 1) ** -0.5 if parameter.dim() > 1 else 0.0)
+    for key in sorted(heads):
+        if key.endswith("bias"):
+            nn.init.zeros_(model.get_parameter(key))
+        elif model.get_parameter(key).dim() > 1:
+            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
     return model
 
 
@@ -415,6 +425,7 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
+    tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
     if tokenizer.pad_token_id is None:
@@ -511,13 +522,14 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
     order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
+    real = real.gather(1, order)  # (R, L)
     offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
     branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
     index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
     prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
-    position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
+    position_ids = torch.where(offset < 0, index, prompt_length + offset % T) * real  # (R, L): padding's stay small
     same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real.gather(1, order)[:, None]  # (R, L, L)
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
     return tokens, attend[:, None], position_ids, place
 
 
@@ -550,7 +562,7 @@ def padded_logprobs(
 
 
 @torch.no_grad()
-def choose_logprobs_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
+def choose_logprobs_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
     """packed_logprobs where it agrees with the model's own logits to 1e-3 on a tree made of ids, else padded_logprobs.
     A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
     ids = torch.tensor((ids * 32)[:32], device=model.device)
@@ -564,7 +576,7 @@ def choose_logprobs_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
         logprobs = logprobs_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask, 1.0)
         if (logprobs - expected).abs().max() < 1e-3:
             return logprobs_fn
-    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after its head, which is not supported")
+    bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
 def dpo_loss(
@@ -575,8 +587,8 @@ def dpo_loss(
 
     The rewards, beta log pi / pi_ref, have no gradient. With h = the rewards' difference and e = label_smoothing:
     sigmoid: -(1-e) log sigmoid(h) - e log sigmoid(-h), DPO eq. 7 and, with e > 0, cDPO eq. 3;
-    robust: (-(1-e) log sigmoid(h) + e log sigmoid(-h)) / (1-2e), the unbiased estimate under flips, rDPO eq. 12;
-    hinge: max(0, 1 - h), SLiC;
+    robust: (-(1-e) log sigmoid(h) + e log sigmoid(-h)) / (1-2e), the unbiased estimate under flips, rDPO;
+    hinge: max(0, 1 - h), RSO's hinge-norm: the margin of the log ratios is 1/beta;
     ipo: (h/beta - 1/(2 beta))^2, IPO eq. 17. The optimum's gap of log ratios is 1/(2 beta), whatever the answers'
     lengths: given sums over tokens, beta means less for longer answers. main gives means over tokens, as TRL does."""
     chosen_log_ratio = policy_chosen_logps - ref_chosen_logps  # (R,)
@@ -600,7 +612,7 @@ def dpo_loss(
 
 
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or maximum) over all processes, in place."""
+    """Sum (or another operation) over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
@@ -616,6 +628,16 @@ def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) 
     return dict(zip(values, all_reduce(total).tolist()))
 
 
+def read_cache(path: Path, count: int, device: torch.device) -> Tensor | None:
+    """The log-probabilities (count, 2) in a file that every process has; None where one has none that can be read."""
+    try:
+        logps = torch.load(path, weights_only=True)["logps"]
+    except Exception:  # no file, or one that was damaged: it is computed again
+        logps = torch.zeros(0)
+    everywhere = all_reduce(torch.tensor(float(logps.shape == (count, 2)), device=device), dist.ReduceOp.MIN)
+    return logps if everywhere else None
+
+
 def pair_logps(
     logprobs_fn: Callable, model: PreTrainedModel, examples: list[dict], pad_id: int
 ) -> tuple[Tensor, Tensor]:
@@ -628,18 +650,21 @@ def pair_logps(
     return logprobs_fn(model, *inputs, 1.0).sum(2), mask.sum(2).to(model.device)
 
 
-def packed_lengths(examples: list[dict]) -> list[int]:
-    """Tokens of each example in its packed row: the query once, and all responses."""
-    return [len(example["query"]) + sum(map(len, example["responses"])) for example in examples]
+def example_lengths(examples: list[dict], packed: bool) -> list[int]:
+    """Tokens of each example: in a packed row the query once and all responses, else a padded copy of it for each."""
+    if packed:
+        return [len(example["query"]) + sum(map(len, example["responses"])) for example in examples]
+    return [len(e["responses"]) * (len(e["query"]) + max(map(len, e["responses"]))) for e in examples]
 
 
 @torch.no_grad()
 def all_logps(
-    logps_fn: Callable, model: PreTrainedModel, examples: list[dict], max_tokens: int, rank: int, world_size: int
+    logps_fn: Callable, model: PreTrainedModel, examples: list[dict], lengths: list[int], max_tokens: int, rank: int,
+    world_size: int,
 ) -> Tensor:
-    """pair_logps (N, 2) of all examples, in fp32 on the CPU, computed by all processes together."""
+    """pair_logps (N, 2) of all examples, of these lengths, in fp32 on the CPU, computed by all processes together."""
     logps = torch.zeros(len(examples), 2, device=model.device)
-    for number, batch in enumerate(make_microbatches(packed_lengths(examples), max_tokens)):
+    for number, batch in enumerate(make_microbatches(lengths, max_tokens)):
         if number % world_size == rank:
             logps[batch] = logps_fn(model, [examples[i] for i in batch])[0]
     return all_reduce(logps).cpu()
@@ -812,10 +837,10 @@ def main(args: Args) -> dict[str, float]:
         model = load_model(initial, "--model-name-or-path")
     if tokenizer.eos_token_id is None:
         bad_input(f"--model-name-or-path {initial}: its tokenizer has no EOS token to end an answer with")
-    ref_model = None
+    ref_model = model  # also when resumed: its weights are still those that training started from
     if args.ref_model_name_or_path is not None:
         ref_model = load_model(args.ref_model_name_or_path, "--ref-model-name-or-path").to(device)
-        if ref_model.config.vocab_size != model.config.vocab_size:
+        if ref_model.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
             bad_input(f"--ref-model-name-or-path {args.ref_model_name_or_path} has another vocabulary than the model")
     config = model.config.get_text_config()
     cpu_tokens = 4096 if config.vocab_size > 65536 else 1024
@@ -825,7 +850,8 @@ def main(args: Args) -> dict[str, float]:
     else:
         make_pairs = partial(addition_pairs, errors=(-10, -1, 1, 10), seed=args.seed)
         train_rows, test_rows = (make_pairs(rows, count) for rows, count in zip(addition_rows(args.seed), (3, 1)))
-    max_length = min(args.max_length, getattr(config, "max_position_embeddings", args.max_length))
+    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", math.inf) for m in (model, ref_model)]
+    max_length = min(args.max_length, *contexts)
     examples = encode_pairs(train_rows, "training", tokenizer, max_length)
     test_examples = encode_pairs(test_rows[: args.max_eval_samples], "held-out", tokenizer, max_length)
     total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(examples) / args.train_batch_size))
@@ -840,27 +866,31 @@ def main(args: Args) -> dict[str, float]:
             save_model(Path(initial), model, tokenizer)
         wait_for_all(device)
         model = load_model(initial, "--model-name-or-path")
+        ref_model = ref_model if args.ref_model_name_or_path else model
     model.to(device)
     logprobs_fn = choose_logprobs_fn(model, test_examples[0]["query"])
     if logprobs_fn is padded_logprobs and rank == 0:
         print("a tree mask does not fit this architecture: answers are padded instead of packed behind their prompt")
 
-    def logps_fn(model: PreTrainedModel, batch: list[dict]) -> tuple[Tensor, Tensor]:
+    def logps_fn(model: PreTrainedModel, batch: list[dict], logprobs_fn: Callable) -> tuple[Tensor, Tensor]:
         with autocast():
             return pair_logps(logprobs_fn, model, batch, tokenizer.pad_token_id)
 
     # ---- the reference's log-probabilities, once: then it leaves memory
-    ref_model = model if ref_model is None else ref_model  # the weights that training starts from, also when resumed
+    flag = "--ref-model-name-or-path" if args.ref_model_name_or_path else "--model-name-or-path"
+    ref_logprobs_fn = choose_logprobs_fn(ref_model, test_examples[0]["query"], flag)
     ids = [[example["query"], *example["responses"]] for example in examples + test_examples]
-    key = fingerprint(ref_model, ids, logprobs_fn.__name__, f"bf16 {bf16}")
-    ref_file = Path(args.output_dir) / ".reference_logps" / f"{key}.pt"
-    if ref_file.is_file():
-        ref_logps = torch.load(ref_file, weights_only=True)["logps"]  # (N, 2)
-    else:
-        ref_logps = all_logps(logps_fn, ref_model, examples + test_examples, max_tokens, rank, world_size)
+    settings = f"{ref_logprobs_fn.__name__}, bf16 {bf16}, {device.type}, {max_tokens} tokens, torch {torch.__version__}"
+    ref_file = Path(args.output_dir) / ".reference_logps" / f"{fingerprint(ref_model, ids, settings)}.pt"
+    ref_logps = read_cache(ref_file, len(ids), device)  # (N, 2)
+    if ref_logps is None:
+        lengths = example_lengths(examples + test_examples, ref_logprobs_fn is packed_logprobs)
+        ref_logps_fn = partial(logps_fn, logprobs_fn=ref_logprobs_fn)
+        ref_logps = all_logps(ref_logps_fn, ref_model, examples + test_examples, lengths, max_tokens, rank, world_size)
         if rank == 0:
-            ref_file.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(ref_file, {"logps": ref_logps})
+            ref_file.parent.mkdir(exist_ok=True)
+            save_checkpoint(run_dir / ref_file.name, {"logps": ref_logps})
+            os.replace(run_dir / ref_file.name, ref_file)  # another run may be doing the same
     del ref_model
     ref_logps, test_ref_logps = ref_logps.to(device).split([len(examples), len(test_examples)])  # (N, 2)
 
@@ -884,7 +914,7 @@ def main(args: Args) -> dict[str, float]:
         losses, chosen, rejected = dpo_loss(
             *(logps / counts).unbind(1), *(ref_logps / counts).unbind(1), beta, args.loss_type, args.label_smoothing
         )
-        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO eq. 1
+        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO
         return losses, {
             "loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
             "rewards/accuracies": (chosen > rejected).float(), "rewards/margins": chosen - rejected,
@@ -893,7 +923,9 @@ def main(args: Args) -> dict[str, float]:
 
     def run_evaluation(step: int) -> dict[str, float]:
         model.eval()
-        logps = all_logps(logps_fn, model, test_examples, max_tokens, rank, world_size).to(device)  # (N, 2)
+        lengths = example_lengths(test_examples, logprobs_fn is packed_logprobs)
+        policy_logps_fn = partial(logps_fn, logprobs_fn=logprobs_fn)
+        logps = all_logps(policy_logps_fn, model, test_examples, lengths, max_tokens, rank, world_size).to(device)
         lengths = torch.tensor([[len(r) for r in example["responses"]] for example in test_examples], device=device)
         _, stats = loss_and_stats(logps, test_ref_logps, lengths)
         results = {f"eval/{name}": value.mean().item() for name, value in stats.items()}
@@ -931,7 +963,7 @@ def main(args: Args) -> dict[str, float]:
         step_start = time.time()
         batch = data_order(step * R, R, len(examples), args.seed)
         batch = batch[rank * R // world_size : (rank + 1) * R // world_size]
-        lengths = packed_lengths([examples[i] for i in batch])
+        lengths = example_lengths([examples[i] for i in batch], logprobs_fn is packed_logprobs)
         microbatches = [[batch[i] for i in rows] for rows in make_microbatches(lengths, max_tokens)]
 
         # ---- update
@@ -941,7 +973,7 @@ def main(args: Args) -> dict[str, float]:
         model.train()
         sums = {"tokens": sum(lengths), "interrupts": len(interrupts)}
         for mb in microbatches:
-            logps, mb_lengths = logps_fn(model, [examples[i] for i in mb])  # (R, 2)
+            logps, mb_lengths = logps_fn(model, [examples[i] for i in mb], logprobs_fn)  # (R, 2)
             losses, stats = loss_and_stats(logps, ref_logps[mb], mb_lengths)  # (R,)
             (losses.sum() / R).backward()
             for name, value in stats.items():

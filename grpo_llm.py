@@ -95,13 +95,13 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA; on the CPU of a machine
-    that has CUDA it is never used."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA.
+    Without effect under --device cpu where there is CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA; 1024 on the CPU, or
-    4096 where the vocabulary exceeds 65536, as every pass makes gradients of the embeddings' whole size."""
+    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
+    (4096 there for vocabularies over 65536: every pass makes gradients of the embeddings' whole size.)"""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -141,8 +141,8 @@ class Args:
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
     """Mean over all tokens (DAPO), over each response first (GRPO), or sum / responses / maximal length (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7, which goes
-    with --loss-type grpo and far smaller epsilons)."""
+    """Ratio of each token (GRPO), or the geometric mean over each completion (GSPO, arXiv:2507.18071, eq. 7).
+    GSPO goes with --loss-type grpo and far smaller epsilons."""
     epsilon: float = 0.2
     """The ratio is clipped at 1 - epsilon from below (PPO)."""
     epsilon_high: float = 0.28
@@ -399,8 +399,8 @@ def load_model(
     name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
 ) -> PreTrainedModel:
     """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: a classifier's head may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in Stiennon
-    et al. 2020 (arXiv:2009.01325), appendix B."""
+    new_head: whatever is not the backbone may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in
+    Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
         for key, value in vars(config).items():
@@ -409,11 +409,15 @@ def load_model(
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    missing = sorted(report["missing_keys"])
-    if not all(new_head and re.search(r"(^|\.)(score|classifier|pooler)\.", key) for key in missing):
+    backbone = rf"(?!.*pooler){model.base_model_prefix}\."
+    heads = {key for key in report["missing_keys"] if new_head and not re.match(backbone, key)}
+    if missing := sorted(report["missing_keys"] - heads):
         bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
-    for parameter in map(model.get_parameter, missing):
-        nn.init.normal_(parameter, std=(model.config.hidden_size + 1) ** -0.5 if parameter.dim() > 1 else 0.0)
+    for key in sorted(heads):
+        if key.endswith("bias"):
+            nn.init.zeros_(model.get_parameter(key))
+        elif model.get_parameter(key).dim() > 1:
+            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
     return model
 
 
@@ -423,6 +427,7 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
+    tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
     if tokenizer.pad_token_id is None:
@@ -536,13 +541,14 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
     order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
+    real = real.gather(1, order)  # (R, L)
     offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
     branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
     index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
     prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
-    position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
+    position_ids = torch.where(offset < 0, index, prompt_length + offset % T) * real  # (R, L): padding's stay small
     same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real.gather(1, order)[:, None]  # (R, L, L)
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
     return tokens, attend[:, None], position_ids, place
 
 
@@ -575,7 +581,7 @@ def padded_logprobs(
 
 
 @torch.no_grad()
-def choose_logprobs_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
+def choose_logprobs_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
     """packed_logprobs where it agrees with the model's own logits to 1e-3 on a tree made of ids, else padded_logprobs.
     A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
     ids = torch.tensor((ids * 32)[:32], device=model.device)
@@ -589,7 +595,7 @@ def choose_logprobs_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
         logprobs = logprobs_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask, 1.0)
         if (logprobs - expected).abs().max() < 1e-3:
             return logprobs_fn
-    bad_input(f"--model-name-or-path: {type(model).__name__} changes its logits after its head, which is not supported")
+    bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
@@ -827,7 +833,7 @@ def score_completions(
 
 
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or maximum) over all processes, in place."""
+    """Sum (or another operation) over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor

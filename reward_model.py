@@ -14,7 +14,7 @@ preferred to y_j with probability sigmoid(r(x, y_i) - r(x, y_j)):
     L = -E[ log sigmoid(r(x, y_w) - r(x, y_l) - margin) ]                         two answers
     L = -E[ sum_k log( exp r(x, y_k) / sum_{j >= k} exp r(x, y_j) ) ]             K answers, best first
 
-Two answers: Bradley and Terry 1952; Christiano et al. 2017 (arXiv:1706.03741), eq. 1, with soft labels mu(1), mu(2).
+Two answers: Bradley and Terry 1952; Christiano et al. 2017 (arXiv:1706.03741), section 2.2.3, with soft labels.
 K answers: Plackett 1975, Luce 1959; or all their pairs: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1. Margins: Touvron
 et al. 2023 (arXiv:2307.09288), eq. 2.
 
@@ -97,13 +97,13 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA; on the CPU of a machine
-    that has CUDA it is never used."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA.
+    Without effect under --device cpu where there is CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA; 1024 on the CPU, or
-    4096 where the vocabulary exceeds 65536, as every pass makes gradients of the embeddings' whole size."""
+    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
+    (4096 there for vocabularies over 65536: every pass makes gradients of the embeddings' whole size.)"""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -236,6 +236,8 @@ def prompt_and_answers(row: dict) -> tuple[str | list[dict], list[str]]:
     """The prompt of a row and its answers, best first: `completions`, or `chosen` and `rejected`. An answer is a text,
     or a conversation whose last turn it is; without a `prompt`, the turns before that one are the prompt."""
     answers = row.get("completions") or [row.get("chosen"), row.get("rejected")]
+    if not isinstance(answers, list):
+        bad_input(f"--dataset-name: {answers!r:.200} in `completions` is not a list of answers")
     prompt = row.get("prompt")
     if prompt is None and is_conversation(answers[0]):
         prompt = answers[0][:-1]
@@ -273,7 +275,7 @@ def preference_strength(row: dict, split: str, number: int) -> tuple[float, floa
 
 
 def encode_rankings(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Examples {query, responses, margin, label, lengths} of rows, and a line that counts what was left out or cut."""
+    """Examples {query, responses, margin, label, characters} of rows, and a line on what was left out or cut."""
     examples, empty, same, cut = [], "with an empty or the same answer left out", "the same once cut left out", "cut"
     counts = {empty: 0, same: 0, cut: 0}
     for number, row in enumerate(rows, 1):
@@ -395,8 +397,8 @@ def load_model(
     name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
 ) -> PreTrainedModel:
     """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: a classifier's head may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in Stiennon
-    et al. 2020 (arXiv:2009.01325), appendix B."""
+    new_head: whatever is not the backbone may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in
+    Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
         for key, value in vars(config).items():
@@ -405,11 +407,15 @@ def load_model(
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    missing = sorted(report["missing_keys"])
-    if not all(new_head and re.search(r"(^|\.)(score|classifier|pooler)\.", key) for key in missing):
+    backbone = rf"(?!.*pooler){model.base_model_prefix}\."
+    heads = {key for key in report["missing_keys"] if new_head and not re.match(backbone, key)}
+    if missing := sorted(report["missing_keys"] - heads):
         bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
-    for parameter in map(model.get_parameter, missing):
-        nn.init.normal_(parameter, std=(model.config.hidden_size + 1) ** -0.5 if parameter.dim() > 1 else 0.0)
+    for key in sorted(heads):
+        if key.endswith("bias"):
+            nn.init.zeros_(model.get_parameter(key))
+        elif model.get_parameter(key).dim() > 1:
+            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
     return model
 
 
@@ -419,6 +425,7 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
+    tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
     if tokenizer.pad_token_id is None:
@@ -460,13 +467,14 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
     order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
     tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
+    real = real.gather(1, order)  # (R, L)
     offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
     branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
     index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
     prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
-    position_ids = torch.where(offset < 0, index, prompt_length + offset % T)  # (R, L)
+    position_ids = torch.where(offset < 0, index, prompt_length + offset % T) * real  # (R, L): padding's stay small
     same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real.gather(1, order)[:, None]  # (R, L, L)
+    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
     return tokens, attend[:, None], position_ids, place
 
 
@@ -480,14 +488,16 @@ def packed_scores(
         input_ids=tokens, attention_mask=attend, position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (R, L, H)
     last = place.gather(2, (mask.sum(2, keepdim=True) - 1).clamp(min=0))  # (R, K, 1)
-    return model.score(hidden.gather(1, last.expand(-1, -1, hidden.shape[2])))[..., 0].float()
+    hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))  # (R, K, H)
+    with torch.autocast(hidden.device.type, enabled=False):  # a bf16 score between 4 and 8 has steps of 1/32
+        return model.score(hidden.float())[..., 0]
 
 
 def separate_scores(
     model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor
 ) -> Tensor:
     """packed_scores for every architecture, a row for each answer. An encoder's prompt attends to the answer, so that
-    two answers cannot share it; sliding windows do not fit a tree."""
+    two answers cannot share it; sliding windows do not fit a tree. Under autocast the scores are rounded to bf16."""
     R, K, T = response.shape
     trees = (query.repeat_interleave(K, 0), query_mask.repeat_interleave(K, 0), response.view(-1, 1, T))
     ids = pack_tree(*trees, mask.view(-1, 1, T))[0]  # (R*K, L): real tokens first, padding behind them
@@ -514,10 +524,12 @@ def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label: Tensor | None = None
 ) -> Tensor:
     """Mean of -log sigmoid(chosen - rejected - margin) over pairs, rewards (B,). label (B,) is the probability mu(1)
-    that `chosen` is preferred, 1 if it is None: then the cross-entropy of Christiano et al. 2017, eq. 1."""
-    difference = chosen - rejected if margin is None else chosen - rejected - margin  # (B,)
+    that `chosen` is preferred, 1 if it is None: the cross-entropy of Christiano et al. 2017, section 2.2.3. The margin
+    is asked of whichever answer is preferred."""
+    difference = chosen - rejected  # (B,)
+    margin = 0.0 if margin is None else margin
     label = torch.ones_like(difference) if label is None else label
-    return -(label * F.logsigmoid(difference) + (1 - label) * F.logsigmoid(-difference)).mean()
+    return -(label * F.logsigmoid(difference - margin) + (1 - label) * F.logsigmoid(-difference - margin)).mean()
 
 
 def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -557,7 +569,7 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 10) -> tuple[
 
 
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or maximum) over all processes, in place."""
+    """Sum (or another operation) over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
@@ -586,26 +598,28 @@ def score_rankings(
     return scores_fn(model, *inputs), mask.any(2).to(model.device)
 
 
-def packed_lengths(examples: list[dict]) -> list[int]:
-    """Tokens of each example in its packed row: the query once, and all responses."""
-    return [len(example["query"]) + sum(map(len, example["responses"])) for example in examples]
+def example_lengths(examples: list[dict], packed: bool) -> list[int]:
+    """Tokens of each example: in a packed row the query once and all responses, else a padded copy of it for each."""
+    if packed:
+        return [len(example["query"]) + sum(map(len, example["responses"])) for example in examples]
+    return [len(e["responses"]) * (len(e["query"]) + max(map(len, e["responses"]))) for e in examples]
 
 
 @torch.no_grad()
 def all_scores(
-    scores_fn: Callable, model: PreTrainedModel, examples: list[dict], max_tokens: int, rank: int, world_size: int
-) -> Tensor:
-    """Scores (N, K) of all examples on the CPU, computed by all processes together; nan where there is no answer."""
+    scores_fn: Callable, model: PreTrainedModel, examples: list[dict], lengths: list[int], max_tokens: int, rank: int,
+    world_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Scores (N, K) of all examples, of these lengths, on the CPU, computed by all processes together; and a mask
+    (N, K) that is False where there is no answer."""
     K = max(len(example["responses"]) for example in examples)
     scores = torch.zeros(len(examples), K, device=model.device)
-    for number, batch in enumerate(make_microbatches(packed_lengths(examples), max_tokens)):
+    for number, batch in enumerate(make_microbatches(lengths, max_tokens)):
         if number % world_size == rank:
-            found, mask = scores_fn(model, [examples[i] for i in batch])  # (R, k)
-            scores[batch, : found.shape[1]] = found.masked_fill(~mask, torch.nan)
-    scores = all_reduce(scores).cpu()
-    for row, example in zip(scores, examples):
-        row[len(example["responses"]) :] = torch.nan
-    return scores
+            found, _ = scores_fn(model, [examples[i] for i in batch])  # (R, k)
+            scores[batch, : found.shape[1]] = found
+    counts = torch.tensor([len(example["responses"]) for example in examples])  # (N,)
+    return all_reduce(scores).cpu(), torch.arange(K) < counts[:, None]
 
 
 def reliability_diagram(table: Tensor, error: float) -> Figure:
@@ -769,9 +783,12 @@ def main(args: Args) -> dict[str, float]:
     else:
         make_pairs = partial(addition_pairs, errors=(-1, 1), seed=args.seed)
         train_rows, test_rows = (make_pairs(rows, count) for rows, count in zip(addition_rows(args.seed), (6, 1)))
-    max_length = min(args.max_length, getattr(config, "max_position_embeddings", args.max_length))
+    context = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
+    max_length = min(args.max_length, context)
     examples = encode_rankings(train_rows, "training", tokenizer, max_length)
     test_examples = encode_rankings(test_rows[: args.max_eval_samples], "held-out", tokenizer, max_length)
+    if all(example["label"] == 0.5 for example in test_examples):
+        bad_input("--dataset-name: every held-out pair is a tie")
     total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(examples) / args.train_batch_size))
 
     # ---- run folder, initial model, optimizer
@@ -819,24 +836,25 @@ def main(args: Args) -> dict[str, float]:
 
     def run_evaluation(step: int) -> dict[str, float]:
         model.eval()
-        scores = all_scores(scores_fn, model, test_examples, max_tokens, rank, world_size)  # (N, K)
+        lengths = example_lengths(test_examples, choice is packed_scores)
+        scores, mask = all_scores(scores_fn, model, test_examples, lengths, max_tokens, rank, world_size)  # (N, K)
         K = scores.shape[1]
         sizes = torch.tensor([e["characters"] + [0] * (K - len(e["characters"])) for e in test_examples])  # (N, K)
         first, second = torch.triu_indices(K, K, 1)  # (K(K-1)/2,): the pairs of a ranking
         difference, longer = ((x[:, first] - x[:, second]).flatten() for x in (scores, sizes))  # (pairs,)
         label = torch.tensor([e["label"] for e in test_examples]).repeat_interleave(len(first))  # (pairs,)
-        decided = ~difference.isnan() & (label != 0.5)
-        difference, longer, label = difference[decided], longer[decided], label[decided]
+        difference, longer, label = (x[mask[:, second].flatten()] for x in (difference, longer, label))
         error, table = calibration(
             torch.cat([difference.sigmoid(), (-difference).sigmoid()]), torch.cat([label, 1 - label])
         )
+        decided = label != 0.5
         results = {
-            "eval/accuracy": agreement(difference, label),
-            "eval/accuracy_longer": agreement(longer, label),
-            "eval/loss": ranking_loss(scores.nan_to_num(), ~scores.isnan(), test_examples).item(),
+            "eval/accuracy": agreement(difference[decided], label[decided]),
+            "eval/accuracy_longer": agreement(longer[decided], label[decided]),
+            "eval/loss": ranking_loss(scores, mask, test_examples).item(),
             "eval/calibration_error": error,
-            "eval/margin": (difference * (2 * label - 1)).mean().item(),
-            "eval/mean_reward": scores.nanmean().item(),
+            "eval/margin": (difference * (label - 0.5).sign())[decided].mean().item(),
+            "eval/mean_reward": scores[mask].mean().item(),
         }
         if rank == 0:
             writer.add_figure("calibration", reliability_diagram(table, error), step)
@@ -869,7 +887,7 @@ def main(args: Args) -> dict[str, float]:
         step_start = time.time()
         batch = data_order(step * R, R, len(examples), args.seed)
         batch = batch[rank * R // world_size : (rank + 1) * R // world_size]
-        lengths = packed_lengths([examples[i] for i in batch])
+        lengths = example_lengths([examples[i] for i in batch], choice is packed_scores)
         microbatches = [[batch[i] for i in rows] for rows in make_microbatches(lengths, max_tokens)]
 
         # ---- update
@@ -885,8 +903,10 @@ def main(args: Args) -> dict[str, float]:
             loss.backward()
             scores = scores.detach()
             sums["train/loss"] = sums.get("train/loss", 0.0) + loss.detach()
-            sums["train/accuracy"] = sums.get("train/accuracy", 0.0) + (scores[:, 0] > scores[:, 1]).sum() / R
-            sums["train/margin"] = sums.get("train/margin", 0.0) + (scores[:, 0] - scores[:, 1]).sum() / R
+            preferred = torch.tensor([example["label"] for example in mb], device=device).sub(0.5).sign()  # (R,)
+            difference = (scores[:, 0] - scores[:, 1]) * preferred  # (R,)
+            sums["train/accuracy"] = sums.get("train/accuracy", 0.0) + ((difference.sign() + 1) / 2).sum() / R
+            sums["train/margin"] = sums.get("train/margin", 0.0) + difference.sum() / R
             sums["rewards"] = sums.get("rewards", 0.0) + scores[mask].sum()
             sums["answers"] = sums.get("answers", 0) + mask.sum()
         for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
@@ -926,8 +946,10 @@ def main(args: Args) -> dict[str, float]:
 
     signal.signal(signal.SIGINT, old_handler)
     model.eval()
-    scores = all_scores(scores_fn, model, examples[:NORMALISATION_ROWS], max_tokens, rank, world_size)  # (N, K)
-    scores = scores[~scores.isnan()]
+    measured = random.Random(args.seed).sample(examples, min(NORMALISATION_ROWS, len(examples)))
+    lengths = example_lengths(measured, choice is packed_scores)
+    scores, mask = all_scores(scores_fn, model, measured, lengths, max_tokens, rank, world_size)  # (N, K)
+    scores = scores[mask]
     model.config.reward_mean, model.config.reward_std = scores.mean().item(), scores.std().item()
     if rank == 0:
         save_model(run_dir / "model", model, tokenizer)

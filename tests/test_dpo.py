@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 import dpo
 from dpo import Args, dpo_loss, encode_answer, encode_pairs, main, packed_logprobs, pair_logps, prompt_and_answers
@@ -108,12 +108,13 @@ def test_pairs_come_as_texts_and_as_conversations():
 def test_what_is_dropped_and_cut_is_counted(capsys):
     rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}, {"prompt": "1+1=", "chosen": "2", "rejected": "2"},
             {"prompt": "1+1=", "chosen": "2", "rejected": " "}, {"prompt": "1" * 9, "chosen": "2", "rejected": "3"},
-            {"prompt": "1+1=", "chosen": "22222", "rejected": "3"}]  # fmt: skip
+            {"prompt": "1+1=", "chosen": "22222", "rejected": "3"},
+            {"prompt": "1+1=", "chosen": "22223", "rejected": "22224"}]  # fmt: skip
     examples = encode_pairs(rows, "training", make_tokenizer(), 8)
     assert [len(e["query"]) + max(map(len, e["responses"])) for e in examples] == [6, 8]
     assert capsys.readouterr().out == (
-        "of 5 training pairs: 2 with an empty or the same answer left out, 1 too long a prompt left out, 1 cut "
-        "(--max-length 8)\n"
+        "of 6 training pairs: 2 with an empty or the same answer left out, 1 with too long a prompt left out, 1 the "
+        "same once cut left out, 2 cut (--max-length 8)\n"
     )
 
 
@@ -133,6 +134,49 @@ def test_pair_logps_are_the_naive_sums_whatever_the_batch():
             ids = torch.tensor([example["query"] + response])
             logits = model(input_ids=ids).logits[0, len(example["query"]) - 1 : -1].log_softmax(-1)
             assert logp.item() == pytest.approx(logits.gather(1, ids[0, -len(response) :, None]).sum().item(), abs=1e-4)
+
+
+def test_long_and_short_rows_fit_a_context_that_each_of_them_fits():
+    """Padding has no position beyond the context of a model with learnt positions, though the packed row is longer."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    examples = [
+        {"query": [3] * 4, "responses": [[4] * 20, [5] * 20]},
+        {"query": [6] * 28, "responses": [[7] * 2, [8] * 3]},
+    ]
+    packed, _ = pair_logps(packed_logprobs, model, examples, 0)
+    padded = torch.cat([pair_logps(dpo.padded_logprobs, model, [example], 0)[0] for example in examples])
+    assert torch.allclose(packed, padded, atol=1e-4)
+
+
+def test_a_reference_with_a_sliding_window_is_not_packed(tiny, monkeypatch):
+    torch.manual_seed(0)
+    size = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    other = MistralConfig(**size, num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
+    args = tiny(max_steps=1)
+    args.ref_model_name_or_path = str(Path(args.output_dir).parent / "mistral")
+    AutoModelForCausalLM.from_config(other).save_pretrained(args.ref_model_name_or_path)
+    used = []
+    for name in ("packed_logprobs", "padded_logprobs"):
+        real = getattr(dpo, name)
+
+        def spy(model, *inputs, real=real, name=name):
+            used.append((type(model).__name__[:5], name))
+            return real(model, *inputs)
+
+        monkeypatch.setattr(dpo, name, spy)
+    main(args)
+    assert set(used) == {("Llama", "packed_logprobs"), ("Mistr", "padded_logprobs")}
+
+
+def test_a_damaged_cache_is_computed_again(tiny):
+    args = tiny(max_steps=1)
+    first = main(args)
+    (file,) = (Path(args.output_dir) / ".reference_logps").iterdir()
+    file.write_bytes(b"torn")
+    again = main(tiny(max_steps=1, exp_name="again"))
+    assert again["eval/loss"] == first["eval/loss"] and torch.load(file, weights_only=True)["logps"].shape == (36, 2)
 
 
 # ---- the whole script on a tiny model
@@ -299,6 +343,8 @@ BAD_INPUTS = {
     "no prompt": ({}, {"chosen": "2", "rejected": "3"}, "needs `prompt`"),
     "empty prompt": ({}, {**ROW, "prompt": " "}, "row 1 is empty"),
     "three answers": ({}, {"prompt": "1", "completions": ["1", "2", "3"]}, "row 1 has 3 completions"),
+    "completions of a text": ({}, {"prompt": "1", "completions": "23"}, "'23' in `completions` is not a list"),
+    "completions of a number": ({}, {"prompt": "1", "completions": 5}, "5 in `completions` is not a list"),
     "answer of a number": ({}, {**ROW, "chosen": 2}, "neither a text"),
     "only identical answers": ({}, {**ROW, "rejected": "2"}, "no training pair is left"),
     "only long prompts": ({"max_length": 4}, ROW, "too long a prompt"),
@@ -316,3 +362,53 @@ def test_bad_input_is_one_sentence_and_code_2(tiny, tmp_path, case, capsys):
     assert stop.value.code == 2 and words in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_first_twenty_losses_and_rewards_are_trls(shared, tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+    from torch.utils.data import SequentialSampler
+
+    name = str(shared / "models/stories260K")
+    tokenizer = dpo.load_tokenizer(name, "--model-name-or-path")
+    lines = (shared / "data/ultrafeedback_1k/train.jsonl").read_text().splitlines()
+    rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in map(json.loads, lines)]
+
+    def fits(row):  # TRL cuts a prompt whose end merges with the answer's beginning
+        query = dpo.encode_prompt(row["prompt"], tokenizer)
+        wholes = [tokenizer(row["prompt"] + row[k]).input_ids for k in ("chosen", "rejected")]
+        return wholes[0] != wholes[1] and len(query) < 200 and all(w[: len(query)] == query for w in wholes)
+
+    rows = [row for row in rows if fits(row)][:200]
+    train, order = rows[:160], dpo.data_order(0, 160, 160, 1)
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", train)
+    write_rows(tmp_path / "data" / "test.jsonl", rows[160:])
+    args = Args(
+        model_name_or_path=name, dataset_name=str(tmp_path / "data"), device="cpu", bf16=False, max_steps=20,
+        train_batch_size=8, max_length=256, learning_rate=1e-5, lr_scheduler_type="constant",
+        output_dir=str(tmp_path / "runs"),
+    )  # fmt: skip
+    main(args)
+    logs = []
+
+    class Trainer(trl.DPOTrainer):
+        def _get_train_sampler(self, *arguments):
+            return SequentialSampler(self.train_dataset)
+
+        def log(self, entry, *arguments):
+            super().log(entry, *arguments)
+            logs.append(entry)
+
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"), save_strategy="no", report_to="none", logging_steps=1, max_steps=20,
+        model_init_kwargs={"dtype": "float32"}, bf16=False, use_cpu=True, per_device_train_batch_size=8,
+        gradient_checkpointing=False, optim="adamw_torch_fused", learning_rate=1e-5, lr_scheduler_type="constant",
+        max_length=256, beta=0.1,
+    )  # fmt: skip
+    data = datasets.Dataset.from_list([train[i] for i in order])
+    Trainer(name, args=config, train_dataset=data, processing_class=tokenizer).train()
+    ours = scalars(run_folder(args))
+    for tag in ("loss", "rewards/chosen", "rewards/rejected"):
+        theirs = [entry[tag] for entry in logs if tag in entry][:20]
+        assert [value for _, value in ours[f"train/{tag}"]] == pytest.approx(theirs, abs=1e-4)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import CONFIGS, ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MistralConfig
@@ -67,6 +68,13 @@ def test_bradley_terry_by_hand():
     by_hand = [-l * math.log(x) - (1 - l) * math.log(1 - x) for l, x in zip(label.tolist(), p)]
     assert bradley_terry_loss(chosen, rejected, label=label).item() == pytest.approx(sum(by_hand) / 2)
     assert bradley_terry_loss(torch.tensor([0.0]), torch.tensor([200.0])).item() == pytest.approx(200.0)
+
+
+def test_swapping_the_answers_and_the_label_changes_nothing():
+    chosen, rejected, margin = torch.tensor([0.0, 1.0]), torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.5])
+    label = torch.tensor([0.0, 0.7])
+    there = bradley_terry_loss(chosen, rejected, margin, label)
+    assert there.item() == pytest.approx(bradley_terry_loss(rejected, chosen, margin, 1 - label).item())
 
 
 def test_a_tie_pulls_the_two_rewards_together():
@@ -213,6 +221,26 @@ def test_a_new_head_has_the_published_spread(tmp_path):
     assert torch.cat(heads).std().item() == pytest.approx(33**-0.5, rel=0.05)
     expected = make_model("llama").model.embed_tokens.weight
     assert torch.equal(model.model.embed_tokens.weight, expected)
+
+
+def test_scores_under_autocast_are_not_rounded_to_bf16():
+    examples = encode_rankings(ROWS, "training", make_tokenizer(), 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, mask = score_rankings(packed_scores, classifier(), examples, 0)
+    assert (scores[mask] != scores[mask].bfloat16().float()).any()
+
+
+@pytest.mark.parametrize("architecture", ["DistilBert", "Roberta"])
+def test_other_encoders_get_a_head(tmp_path, architecture):
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=20, hidden_size=32, dim=32, hidden_dim=64, intermediate_size=64, num_hidden_layers=2, n_layers=2,
+        num_attention_heads=4, n_heads=4, max_position_embeddings=34, pad_token_id=0,
+    )  # fmt: skip
+    getattr(transformers, f"{architecture}Model")(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "--x", AutoModelForSequenceClassification, new_head=True, num_labels=1)
+    examples = encode_rankings(ROWS, "training", make_tokenizer(), 60)
+    scores, mask = score_rankings(choose_scores_fn(model, [3, 4, 5]), model, examples, 0)
+    assert scores[mask].isfinite().all() and scores[mask].std() > 1e-4
 
 
 # ---- the whole script on a tiny model
@@ -370,6 +398,8 @@ BAD_INPUTS = {
     "label above 1": ({}, {**ROW, "label": 1.5}, "the label 1.5"),
     "margin of a ranking": ({}, {"prompt": "1", "completions": ["1", "2", "3"], "margin": 1}, "for pairs only"),
     "only identical answers": ({}, {**ROW, "rejected": "2"}, "no training ranking is left"),
+    "only ties": ({}, {**ROW, "label": 0.5}, "every held-out pair is a tie"),
+    "completions of a text": ({}, {"prompt": "1", "completions": "23"}, "'23' in `completions` is not a list"),
     "negative centring": ({"center_rewards_coefficient": -1.0}, None, "--center-rewards-coefficient"),
     "no batch": ({"train_batch_size": 0}, None, "--train-batch-size"),
     "missing model": ({"model_name_or_path": "no/such"}, None, "--model-name-or-path no/such"),
