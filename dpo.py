@@ -888,7 +888,7 @@ def main(args: Args) -> dict[str, float]:
         ref_logps_fn = partial(logps_fn, logprobs_fn=ref_logprobs_fn)
         ref_logps = all_logps(ref_logps_fn, ref_model, examples + test_examples, lengths, max_tokens, rank, world_size)
         if rank == 0:
-            ref_file.parent.mkdir(exist_ok=True)
+            ref_file.parent.mkdir(parents=True, exist_ok=True)
             save_checkpoint(run_dir / ref_file.name, {"logps": ref_logps})
             os.replace(run_dir / ref_file.name, ref_file)  # another run may be doing the same
     del ref_model
@@ -905,7 +905,7 @@ def main(args: Args) -> dict[str, float]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         metrics, first_step, seconds_before = state["metrics"], state["step"], state["seconds"]
-        del state  # the weights and moments are in memory twice
+        del state  # else the weights and moments stay in memory twice
 
     # ---- what training and evaluation share
     def loss_and_stats(logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

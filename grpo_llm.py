@@ -1078,7 +1078,7 @@ def main(args: Args) -> dict[str, float]:
         generator.set_state(state["generator"])
         metrics, first_step, num_tokens = state["metrics"], state["step"], state["num_tokens"]
         seconds_before = state["seconds"]
-        del state  # the weights and moments are in memory twice
+        del state  # else the weights and moments stay in memory twice
 
     # ---- what training and evaluation share
     def rollout(batch: list[dict], num_generations: int, temperature: float, generator: torch.Generator) -> tuple:

@@ -816,7 +816,7 @@ def main(args: Args) -> dict[str, float]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         metrics, first_step, seconds_before = state["metrics"], state["step"], state["seconds"]
-        del state  # the weights and moments are in memory twice
+        del state  # else the weights and moments stay in memory twice
 
     # ---- what training and evaluation share
     def scores_fn(model: PreTrainedModel, batch: list[dict]) -> tuple[Tensor, Tensor]:
