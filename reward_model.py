@@ -627,10 +627,12 @@ def reliability_diagram(table: Tensor, error: float) -> Figure:
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="gray", linewidth=1, label="calibrated")
-    predicted, preferred, _ = table[table[:, 2] > 0].T.tolist()
-    axes.bar(predicted, preferred, width=0.06, label="held-out pairs")
+    real = table[table[:, 2] > 0].tolist()
+    axes.plot(*list(zip(*real))[:2], "o", label="held-out pairs, with their number")
+    for predicted, preferred, count in real:
+        axes.annotate(f"{count:.0f}", (predicted, preferred), xytext=(4, -10), textcoords="offset points")
     axes.set(xlabel="predicted probability", ylabel="share preferred", title=f"expected calibration error {error:.3f}")
-    axes.legend()
+    axes.legend(loc="upper left")
     return figure
 
 
