@@ -100,7 +100,7 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
-    (4096 there for vocabularies over 65536: every pass makes gradients of the embeddings' whole size.)"""
+    (4096 there for vocabularies over 65536, but for dpo.py: a pass makes gradients of the embeddings' whole size.)"""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -842,9 +842,7 @@ def main(args: Args) -> dict[str, float]:
         ref_model = load_model(args.ref_model_name_or_path, "--ref-model-name-or-path").to(device)
         if ref_model.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
             bad_input(f"--ref-model-name-or-path {args.ref_model_name_or_path} has another vocabulary than the model")
-    config = model.config.get_text_config()
-    cpu_tokens = 4096 if config.vocab_size > 65536 else 1024
-    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
+    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else 1024)
     if args.dataset_name:
         train_rows, test_rows = load_rows(args)
     else:
