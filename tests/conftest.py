@@ -1,5 +1,6 @@
 """Fixtures that the tests of every script use."""
 
+import copy
 import json
 import os
 import sys
@@ -40,7 +41,7 @@ CONFIGS = {
 def make_model(architecture: str = "llama", seed: int = 0, scale: float = 0.2):
     """A tiny random model in evaluation mode, its weights large enough for distributions far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture])).eval()  # saving changes a config
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
