@@ -624,6 +624,7 @@ def wait_for_all(device: torch.device) -> None:
 
 
 def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
+    """Each value's sum over all processes."""
     total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
     return dict(zip(values, all_reduce(total).tolist()))
 

@@ -323,11 +323,26 @@ def test_two_processes_equal_one(tiny, tmp_path):
         assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], rel=1e-4, abs=1e-6)
 
 
-def test_the_embedded_run_improves_what_the_model_says(tmp_path):
+def test_the_embedded_run_learns_its_preferences(tmp_path):
     metrics = main(Args(output_dir=str(tmp_path), sft_steps=60, max_steps=30, max_eval_samples=64, device="cpu",
                         bf16=False))  # fmt: skip
-    assert 0 <= metrics["eval/accuracy_before"] <= 1 and 0 <= metrics["eval/accuracy"] <= 1
+    assert {"eval/accuracy", "eval/accuracy_before"} <= set(metrics)
     assert metrics["eval/rewards/accuracies"] > 0.6  # it prefers answers that show their work by then
+
+
+def test_sampled_accuracy_counts_final_results(monkeypatch):
+    model, tokenizer = make_model(), make_tokenizer()
+    texts = ["-2=12", "12", "12=2", "-12=3"]  # the answer to all is 12
+    response, _ = dpo.pad_sequences([tokenizer(text).input_ids + [1] for text in texts], 0, "right")
+
+    def generate(input_ids, attention_mask, **options):
+        assert (options["do_sample"], options["temperature"], options["top_k"], options["top_p"]) == (True, 1.0, 0, 1.0)
+        return torch.cat([input_ids, response], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    examples = [{"prompt": "5+7=", "query": tokenizer("5+7=").input_ids, "answer": "12"}] * 4
+    accuracy, table = dpo.sampled_accuracy(model, tokenizer, examples, seed=1)
+    assert accuracy == 0.5 and "| 5+7= | -2=12 | 1.00 |" in table and "| 5+7= | 12=2 | 0.00 |" in table
 
 
 ROW = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
