@@ -497,18 +497,26 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, tempe
     return TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature, dtype)
 
 
-def response_logprobs(
-    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+def response_states(
+    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int
 ) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L).
+    """Final hidden states (B, T, H) before each of the last T = response_length tokens of query_response (B, L).
 
     attention_mask (B, L) is 0 on padding, on either side. Position ids come from it: padding changes nothing."""
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(
         input_ids=query_response, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state[:, -response_length - 1 : -1]  # (B, T, H): the state before each response token
+    ).last_hidden_state  # (B, L, H)
+    return hidden[:, -response_length - 1 : -1]
+
+
+def response_logprobs(
+    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L)."""
+    states = response_states(model, query_response, attention_mask, response_length)  # (B, T, H)
     target = query_response[:, -response_length:]  # (B, T)
-    return token_logprobs(model, hidden.flatten(0, 1), target.flatten(), temperature).view_as(target)
+    return token_logprobs(model, states.flatten(0, 1), target.flatten(), temperature).view_as(target)
 
 
 def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -533,10 +541,8 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     return tokens, attend[:, None], position_ids, place
 
 
-def packed_logprobs(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
-    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
+def packed_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+    """Final hidden states (N, H) before each of the N real tokens of K responses (R, K, T) to each query (R, L_q)."""
     is_input = F.pad(mask, (-1, 1))  # (R, K, T): a response's last token predicts nothing
     tokens, attend, position_ids, place = pack_tree(query, query_mask, response, is_input)
     hidden = model.base_model(
@@ -545,25 +551,31 @@ def packed_logprobs(
     before = place.roll(1, 2)  # (R, K, T): of the token before each response token
     before[..., 0] = query_mask.sum(1, keepdim=True) - 1  # every branch starts at the prompt's end
     row = torch.arange(len(query), device=query.device)[:, None, None].expand_as(mask)  # (R, K, T)
-    values = token_logprobs(model, hidden[row[mask], before[mask]], response[mask], temperature)  # (N,)
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+    return hidden[row[mask], before[mask]]
 
 
-def padded_logprobs(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+    """packed_states for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
+    K, t = mask.shape[1], int(mask.sum(2).max())  # t: the longest response's length
+    response, mask = response.flatten(0, 1)[:, :t], mask.flatten(0, 1)[:, :t]  # (R*K, t)
+    ids = torch.cat([query.repeat_interleave(K, 0), response], 1)  # (R*K, L_q + t)
+    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask], 1)  # (R*K, L_q + t)
+    return response_states(model, ids, attention_mask, t)[mask]
+
+
+def completion_logprobs(
+    states_fn: Callable, model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """packed_logprobs for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
-    R, K, T = response.shape
-    t = int(mask.sum(2).max())  # the longest response's length
-    ids = torch.cat([query.repeat_interleave(K, 0), response.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
-    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
-    logprobs = response_logprobs(model, ids, attention_mask, t, temperature)  # (R*K, t)
-    return F.pad(logprobs, (0, T - t)).view(R, K, T) * mask
+    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
+    states = states_fn(model, query, query_mask, response, mask)  # (N, H)
+    logprobs = token_logprobs(model, states, response[mask], temperature)  # (N,)
+    return torch.zeros_like(mask, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
 
 
 @torch.no_grad()
-def choose_logprobs_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
-    """packed_logprobs where it agrees with the model's own logits to 1e-3 on a tree made of ids, else padded_logprobs.
+def choose_states_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
+    """packed_states where their logprobs agree with the model's own to 1e-3 on a tree of ids, else padded_states.
     A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
     ids = torch.tensor((ids * 32)[:32], device=model.device)
     query, response = ids[None, :16], torch.stack([ids[16:], ids[:16]])[None]  # (1, 16), (1, 2, 16)
@@ -572,10 +584,10 @@ def choose_logprobs_fn(model: PreTrainedModel, ids: list[int], flag: str = "--mo
     logits = model(input_ids=both, use_cache=False).logits[:, 15:-1].float()  # (2, 16, V)
     expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
     sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
-    for logprobs_fn in [padded_logprobs] if sliding else [packed_logprobs, padded_logprobs]:
-        logprobs = logprobs_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask, 1.0)
-        if (logprobs - expected).abs().max() < 1e-3:
-            return logprobs_fn
+    for states_fn in [padded_states] if sliding else [packed_states, padded_states]:
+        inputs = (query, torch.ones_like(query, dtype=torch.bool), response, mask)
+        if (completion_logprobs(states_fn, model, *inputs, 1.0) - expected).abs().max() < 1e-3:
+            return states_fn
     bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
@@ -640,7 +652,7 @@ def read_cache(path: Path, count: int, device: torch.device) -> Tensor | None:
 
 
 def pair_logps(
-    logprobs_fn: Callable, model: PreTrainedModel, examples: list[dict], pad_id: int
+    states_fn: Callable, model: PreTrainedModel, examples: list[dict], pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (R, 2) of whole answers, chosen and rejected, and their lengths (R, 2)."""
     query, query_mask = pad_sequences([example["query"] for example in examples], pad_id, "left")  # (R, L_q)
@@ -648,7 +660,7 @@ def pair_logps(
     response, mask = pad_sequences(responses, pad_id, "right")  # (R*2, T)
     response, mask = (x.view(len(examples), 2, -1) for x in (response, mask))  # (R, 2, T)
     inputs = (x.to(model.device) for x in (query, query_mask, response, mask))
-    return logprobs_fn(model, *inputs, 1.0).sum(2), mask.sum(2).to(model.device)
+    return completion_logprobs(states_fn, model, *inputs, 1.0).sum(2), mask.sum(2).to(model.device)
 
 
 def example_lengths(examples: list[dict], packed: bool) -> list[int]:
@@ -867,24 +879,24 @@ def main(args: Args) -> dict[str, float]:
         model = load_model(initial, "--model-name-or-path")
         ref_model = ref_model if args.ref_model_name_or_path else model
     model.to(device)
-    logprobs_fn = choose_logprobs_fn(model, test_examples[0]["query"])
-    if logprobs_fn is padded_logprobs and rank == 0:
+    states_fn = choose_states_fn(model, test_examples[0]["query"])
+    if states_fn is padded_states and rank == 0:
         print("a tree mask does not fit this architecture: answers are padded instead of packed behind their prompt")
 
-    def logps_fn(model: PreTrainedModel, batch: list[dict], logprobs_fn: Callable) -> tuple[Tensor, Tensor]:
+    def logps_fn(model: PreTrainedModel, batch: list[dict], states_fn: Callable) -> tuple[Tensor, Tensor]:
         with autocast():
-            return pair_logps(logprobs_fn, model, batch, tokenizer.pad_token_id)
+            return pair_logps(states_fn, model, batch, tokenizer.pad_token_id)
 
     # ---- the reference's log-probabilities, once: then it leaves memory
     flag = "--ref-model-name-or-path" if args.ref_model_name_or_path else "--model-name-or-path"
-    ref_logprobs_fn = choose_logprobs_fn(ref_model, test_examples[0]["query"], flag)
+    ref_states_fn = choose_states_fn(ref_model, test_examples[0]["query"], flag)
     ids = [[example["query"], *example["responses"]] for example in examples + test_examples]
-    settings = f"{ref_logprobs_fn.__name__}, bf16 {bf16}, {device.type}, {max_tokens} tokens, torch {torch.__version__}"
+    settings = f"{ref_states_fn.__name__}, bf16 {bf16}, {device.type}, {max_tokens} tokens, torch {torch.__version__}"
     ref_file = Path(args.output_dir) / ".reference_logps" / f"{fingerprint(ref_model, ids, settings)}.pt"
     ref_logps = read_cache(ref_file, len(ids), device)  # (N, 2)
     if ref_logps is None:
-        lengths = example_lengths(examples + test_examples, ref_logprobs_fn is packed_logprobs)
-        ref_logps_fn = partial(logps_fn, logprobs_fn=ref_logprobs_fn)
+        lengths = example_lengths(examples + test_examples, ref_states_fn is packed_states)
+        ref_logps_fn = partial(logps_fn, states_fn=ref_states_fn)
         ref_logps = all_logps(ref_logps_fn, ref_model, examples + test_examples, lengths, max_tokens, rank, world_size)
         if rank == 0:
             ref_file.parent.mkdir(parents=True, exist_ok=True)
@@ -922,8 +934,8 @@ def main(args: Args) -> dict[str, float]:
 
     def run_evaluation(step: int) -> dict[str, float]:
         model.eval()
-        lengths = example_lengths(test_examples, logprobs_fn is packed_logprobs)
-        policy_logps_fn = partial(logps_fn, logprobs_fn=logprobs_fn)
+        lengths = example_lengths(test_examples, states_fn is packed_states)
+        policy_logps_fn = partial(logps_fn, states_fn=states_fn)
         logps = all_logps(policy_logps_fn, model, test_examples, lengths, max_tokens, rank, world_size).to(device)
         lengths = torch.tensor([[len(r) for r in example["responses"]] for example in test_examples], device=device)
         _, stats = loss_and_stats(logps, test_ref_logps, lengths)
@@ -962,7 +974,7 @@ def main(args: Args) -> dict[str, float]:
         step_start = time.time()
         batch = data_order(step * R, R, len(examples), args.seed)
         batch = batch[rank * R // world_size : (rank + 1) * R // world_size]
-        lengths = example_lengths([examples[i] for i in batch], logprobs_fn is packed_logprobs)
+        lengths = example_lengths([examples[i] for i in batch], states_fn is packed_states)
         microbatches = [[batch[i] for i in rows] for rows in make_microbatches(lengths, max_tokens)]
 
         # ---- update
@@ -972,7 +984,7 @@ def main(args: Args) -> dict[str, float]:
         model.train()
         sums = {"tokens": sum(lengths), "interrupts": len(interrupts)}
         for mb in microbatches:
-            logps, mb_lengths = logps_fn(model, [examples[i] for i in mb], logprobs_fn)  # (R, 2)
+            logps, mb_lengths = logps_fn(model, [examples[i] for i in mb], states_fn)  # (R, 2)
             losses, stats = loss_and_stats(logps, ref_logps[mb], mb_lengths)  # (R,)
             (losses.sum() / R).backward()
             for name, value in stats.items():

@@ -516,18 +516,26 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, tempe
     return TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature, dtype)
 
 
-def response_logprobs(
-    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+def response_states(
+    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int
 ) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L).
+    """Final hidden states (B, T, H) before each of the last T = response_length tokens of query_response (B, L).
 
     attention_mask (B, L) is 0 on padding, on either side. Position ids come from it: padding changes nothing."""
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(
         input_ids=query_response, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state[:, -response_length - 1 : -1]  # (B, T, H): the state before each response token
+    ).last_hidden_state  # (B, L, H)
+    return hidden[:, -response_length - 1 : -1]
+
+
+def response_logprobs(
+    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L)."""
+    states = response_states(model, query_response, attention_mask, response_length)  # (B, T, H)
     target = query_response[:, -response_length:]  # (B, T)
-    return token_logprobs(model, hidden.flatten(0, 1), target.flatten(), temperature).view_as(target)
+    return token_logprobs(model, states.flatten(0, 1), target.flatten(), temperature).view_as(target)
 
 
 def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -552,10 +560,8 @@ def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor)
     return tokens, attend[:, None], position_ids, place
 
 
-def packed_logprobs(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
-    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
+def packed_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+    """Final hidden states (N, H) before each of the N real tokens of K responses (R, K, T) to each query (R, L_q)."""
     is_input = F.pad(mask, (-1, 1))  # (R, K, T): a response's last token predicts nothing
     tokens, attend, position_ids, place = pack_tree(query, query_mask, response, is_input)
     hidden = model.base_model(
@@ -564,25 +570,31 @@ def packed_logprobs(
     before = place.roll(1, 2)  # (R, K, T): of the token before each response token
     before[..., 0] = query_mask.sum(1, keepdim=True) - 1  # every branch starts at the prompt's end
     row = torch.arange(len(query), device=query.device)[:, None, None].expand_as(mask)  # (R, K, T)
-    values = token_logprobs(model, hidden[row[mask], before[mask]], response[mask], temperature)  # (N,)
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+    return hidden[row[mask], before[mask]]
 
 
-def padded_logprobs(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+    """packed_states for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
+    K, t = mask.shape[1], int(mask.sum(2).max())  # t: the longest response's length
+    response, mask = response.flatten(0, 1)[:, :t], mask.flatten(0, 1)[:, :t]  # (R*K, t)
+    ids = torch.cat([query.repeat_interleave(K, 0), response], 1)  # (R*K, L_q + t)
+    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask], 1)  # (R*K, L_q + t)
+    return response_states(model, ids, attention_mask, t)[mask]
+
+
+def completion_logprobs(
+    states_fn: Callable, model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """packed_logprobs for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
-    R, K, T = response.shape
-    t = int(mask.sum(2).max())  # the longest response's length
-    ids = torch.cat([query.repeat_interleave(K, 0), response.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
-    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask.flatten(0, 1)[:, :t]], 1)  # (R*K, L_q + t)
-    logprobs = response_logprobs(model, ids, attention_mask, t, temperature)  # (R*K, t)
-    return F.pad(logprobs, (0, T - t)).view(R, K, T) * mask
+    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
+    states = states_fn(model, query, query_mask, response, mask)  # (N, H)
+    logprobs = token_logprobs(model, states, response[mask], temperature)  # (N,)
+    return torch.zeros_like(mask, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
 
 
 @torch.no_grad()
-def choose_logprobs_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
-    """packed_logprobs where it agrees with the model's own logits to 1e-3 on a tree made of ids, else padded_logprobs.
+def choose_states_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
+    """packed_states where their logprobs agree with the model's own to 1e-3 on a tree of ids, else padded_states.
     A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
     ids = torch.tensor((ids * 32)[:32], device=model.device)
     query, response = ids[None, :16], torch.stack([ids[16:], ids[:16]])[None]  # (1, 16), (1, 2, 16)
@@ -591,10 +603,10 @@ def choose_logprobs_fn(model: PreTrainedModel, ids: list[int], flag: str = "--mo
     logits = model(input_ids=both, use_cache=False).logits[:, 15:-1].float()  # (2, 16, V)
     expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
     sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
-    for logprobs_fn in [padded_logprobs] if sliding else [packed_logprobs, padded_logprobs]:
-        logprobs = logprobs_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask, 1.0)
-        if (logprobs - expected).abs().max() < 1e-3:
-            return logprobs_fn
+    for states_fn in [padded_states] if sliding else [packed_states, padded_states]:
+        inputs = (query, torch.ones_like(query, dtype=torch.bool), response, mask)
+        if (completion_logprobs(states_fn, model, *inputs, 1.0) - expected).abs().max() < 1e-3:
+            return states_fn
     bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
 
 
@@ -1059,8 +1071,8 @@ def main(args: Args) -> dict[str, float]:
         wait_for_all(device)
         model = load_model(initial, "--model-name-or-path")
     model.to(device)
-    logprobs_fn = choose_logprobs_fn(model, test_examples[0]["ids"])
-    if logprobs_fn is padded_logprobs and rank == 0:
+    states_fn = choose_states_fn(model, test_examples[0]["ids"])
+    if states_fn is padded_states and rank == 0:
         print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -1100,7 +1112,7 @@ def main(args: Args) -> dict[str, float]:
 
     def forward_logprobs(model: PreTrainedModel, *inputs: Tensor) -> Tensor:
         with autocast():
-            return logprobs_fn(model, *inputs)
+            return completion_logprobs(states_fn, model, *inputs)
 
     def run_evaluation(step: int) -> dict[str, float]:
         reference = ref_model or load_model(initial, "--model-name-or-path").to(device)
@@ -1163,7 +1175,7 @@ def main(args: Args) -> dict[str, float]:
         # ---- update: a row is a prompt with K of its completions, all G unless they outgrow a micro-batch
         L_q, T = query.shape[1], response.shape[1]
         sizes = [K for K in range(1, G + 1) if G % K == 0 and L_q + K * T <= max_tokens]
-        K = max(sizes, default=1) if logprobs_fn is packed_logprobs else 1
+        K = max(sizes, default=1) if states_fn is packed_states else 1
         kept = advantages.any(1) | (args.beta != 0.0)  # (P,): where rewards are equal, only the KL has a gradient
         kept[0] |= ~kept.any()  # every process takes part in the update
         trees = {"query": query, "query_mask": query_mask}

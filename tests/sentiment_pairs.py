@@ -69,7 +69,7 @@ def main() -> None:
         scores = grpo_llm.reward_model_scores(*rater, held_out, texts, 4096)
         with torch.no_grad():
             inputs = (query, query_mask, response[:, None], mask[:, None], 1.0)
-            reference = grpo_llm.padded_logprobs(initial, *inputs)[:, 0]
+            reference = grpo_llm.completion_logprobs(grpo_llm.padded_states, initial, *inputs)[:, 0]
         kl = (logprobs - reference).sum(1).mean()
         print(f"{name}: mean reward {sum(scores) / len(scores):.2f}, KL {kl:.2f} nats; {held_out[0] + texts[0]!r}")
 

@@ -14,7 +14,7 @@ from conftest import ROOT, make_model, make_tokenizer, run_folder, scalars, weig
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 import dpo
-from dpo import Args, dpo_loss, encode_answer, encode_pairs, main, packed_logprobs, pair_logps, prompt_and_answers
+from dpo import Args, dpo_loss, encode_answer, encode_pairs, main, packed_states, pair_logps, prompt_and_answers
 
 CHOSEN, REJECTED = torch.tensor([-2.0, -5.0, -1.0]), torch.tensor([-4.0, -3.0, -1.5])
 REF_CHOSEN, REF_REJECTED = torch.tensor([-3.0, -4.0, -1.0]), torch.tensor([-3.5, -3.5, -1.0])
@@ -125,10 +125,10 @@ def test_pair_logps_are_the_naive_sums_whatever_the_batch():
     model, tokenizer = make_model(), make_tokenizer()
     rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "345"}, {"prompt": "12+12=", "chosen": "24", "rejected": "2"}]
     examples = encode_pairs(rows, "training", tokenizer, 50)
-    together, lengths = pair_logps(packed_logprobs, model, examples, 0)
+    together, lengths = pair_logps(packed_states, model, examples, 0)
     assert lengths.tolist() == [[2, 4], [3, 2]]
     for example, logps in zip(examples, together):
-        alone = pair_logps(packed_logprobs, model, [example], 13)[0][0]
+        alone = pair_logps(packed_states, model, [example], 13)[0][0]
         assert torch.allclose(alone, logps, atol=1e-5)
         for response, logp in zip(example["responses"], logps):
             ids = torch.tensor([example["query"] + response])
@@ -145,8 +145,8 @@ def test_long_and_short_rows_fit_a_context_that_each_of_them_fits():
         {"query": [3] * 4, "responses": [[4] * 20, [5] * 20]},
         {"query": [6] * 28, "responses": [[7] * 2, [8] * 3]},
     ]
-    packed, _ = pair_logps(packed_logprobs, model, examples, 0)
-    padded = torch.cat([pair_logps(dpo.padded_logprobs, model, [example], 0)[0] for example in examples])
+    packed, _ = pair_logps(packed_states, model, examples, 0)
+    padded = torch.cat([pair_logps(dpo.padded_states, model, [example], 0)[0] for example in examples])
     assert torch.allclose(packed, padded, atol=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_a_reference_with_a_sliding_window_is_not_packed(tiny, monkeypatch):
     args.ref_model_name_or_path = str(Path(args.output_dir).parent / "mistral")
     AutoModelForCausalLM.from_config(other).save_pretrained(args.ref_model_name_or_path)
     used = []
-    for name in ("packed_logprobs", "padded_logprobs"):
+    for name in ("packed_states", "padded_states"):
         real = getattr(dpo, name)
 
         def spy(model, *inputs, real=real, name=name):
@@ -167,7 +167,7 @@ def test_a_reference_with_a_sliding_window_is_not_packed(tiny, monkeypatch):
 
         monkeypatch.setattr(dpo, name, spy)
     main(args)
-    assert set(used) == {("Llama", "packed_logprobs"), ("Mistr", "padded_logprobs")}
+    assert set(used) == {("Llama", "packed_states"), ("Mistr", "padded_states")}
 
 
 def test_a_damaged_cache_is_computed_again(tiny):
@@ -231,7 +231,7 @@ def test_the_loop_passes_every_flag_of_the_loss(tiny, flags):
     examples = encode_pairs(PAIRS[:-6], "training", tokenizer, 128)
     batch = [examples[i] for i in dpo.data_order(0, 8, len(examples), 1)]
     logps, ref_logps = (
-        pair_logps(packed_logprobs, AutoModelForCausalLM.from_pretrained(name).float().eval(), batch, 0)[0].detach()
+        pair_logps(packed_states, AutoModelForCausalLM.from_pretrained(name).float().eval(), batch, 0)[0].detach()
         for name in (args.model_name_or_path, other)
     )
     lengths = torch.tensor([[len(r) for r in example["responses"]] for example in batch])

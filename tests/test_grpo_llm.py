@@ -25,6 +25,7 @@ from transformers import (
 import grpo_llm
 from grpo_llm import (
     Args,
+    completion_logprobs,
     data_order,
     extract_number,
     format_reward,
@@ -33,9 +34,9 @@ from grpo_llm import (
     lr_factor,
     main,
     make_microbatches,
-    packed_logprobs,
+    packed_states,
     pad_sequences,
-    padded_logprobs,
+    padded_states,
     response_logprobs,
     sample,
     sample_token,
@@ -95,8 +96,8 @@ def test_sampler_packed_padded_and_naive_logprobs_agree(architecture):
     query, query_mask, response, logprobs, mask = draw(model)
     assert mask.sum(1).unique().numel() > 2  # responses of several lengths, so that rows left the batch
     grouped = [x.view(3, 4, -1) for x in (response, mask)]
-    packed = packed_logprobs(model, query, query_mask, *grouped, 0.7).flatten(0, 1)
-    padded = padded_logprobs(model, query, query_mask, *grouped, 0.7).flatten(0, 1)
+    packed = completion_logprobs(packed_states, model, query, query_mask, *grouped, 0.7).flatten(0, 1)
+    padded = completion_logprobs(padded_states, model, query, query_mask, *grouped, 0.7).flatten(0, 1)
     for i in range(12):
         length = int(mask[i].sum())
         naive = naive_logprobs(model, PROMPTS[i // 4], response[i, :length].tolist(), 0.7)
@@ -106,14 +107,17 @@ def test_sampler_packed_padded_and_naive_logprobs_agree(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("logprobs_fn", [packed_logprobs, padded_logprobs])
-def test_gradients_equal_the_naive_ones(architecture, logprobs_fn, monkeypatch):
+@pytest.mark.parametrize("states_fn", [packed_states, padded_states])
+def test_gradients_equal_the_naive_ones(architecture, states_fn, monkeypatch):
     monkeypatch.setitem(grpo_llm.TILE, "cpu", (30, 7))  # several tiles, the last ones not full
     model = make_model(architecture)
     query, query_mask, response, _, mask = draw(model)
     weights = torch.randn(mask.shape) * mask
     total = (
-        logprobs_fn(model, query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7).flatten(0, 1) * weights
+        completion_logprobs(
+            states_fn, model, query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7
+        ).flatten(0, 1)
+        * weights
     ).sum()
     gradients = torch.autograd.grad(total, list(model.parameters()))
     rows = [
@@ -198,9 +202,11 @@ def test_gradient_checkpointing_changes_neither_the_samples_nor_the_gradients():
     assert all(torch.equal(x, y) for x, y in zip(plain, again))
     assert model.training
     inputs = (query, query_mask, plain[0].view(3, 4, -1), plain[2].view(3, 4, -1), 1.0)
-    with_checkpointing = torch.autograd.grad(packed_logprobs(model, *inputs).sum(), list(model.parameters()))
+    with_checkpointing = torch.autograd.grad(
+        completion_logprobs(packed_states, model, *inputs).sum(), list(model.parameters())
+    )
     model.activation_checkpointing_disable()
-    without = torch.autograd.grad(packed_logprobs(model, *inputs).sum(), list(model.parameters()))
+    without = torch.autograd.grad(completion_logprobs(packed_states, model, *inputs).sum(), list(model.parameters()))
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(with_checkpointing, without))
 
 
@@ -224,9 +230,9 @@ def test_sliding_windows_take_the_padded_path():
         "num_attention_heads": 4,
     }
     model = AutoModelForCausalLM.from_config(MistralConfig(**size, num_key_value_heads=2, sliding_window=4)).eval()
-    assert grpo_llm.choose_logprobs_fn(model, [3, 4, 5]) is padded_logprobs
+    assert grpo_llm.choose_states_fn(model, [3, 4, 5]) is padded_states
     for architecture in ARCHITECTURES:
-        assert grpo_llm.choose_logprobs_fn(make_model(architecture), [3, 4, 5]) is packed_logprobs
+        assert grpo_llm.choose_states_fn(make_model(architecture), [3, 4, 5]) is packed_states
 
 
 def test_a_tree_mask_that_does_not_fit_and_a_head_that_is_not_a_plain_one_are_noticed(monkeypatch, capsys):
@@ -239,10 +245,10 @@ def test_a_tree_mask_that_does_not_fit_and_a_head_that_is_not_a_plain_one_are_no
 
     with monkeypatch.context() as patch:
         patch.setattr(model.base_model, "forward", without_the_tree)
-        assert grpo_llm.choose_logprobs_fn(model, [3, 4, 5]) is padded_logprobs
+        assert grpo_llm.choose_states_fn(model, [3, 4, 5]) is padded_states
     model.lm_head.register_forward_hook(lambda head, inputs, logits: 2 * logits)
     with pytest.raises(SystemExit):
-        grpo_llm.choose_logprobs_fn(model, [3, 4, 5])
+        grpo_llm.choose_states_fn(model, [3, 4, 5])
     assert "changes its logits after its head" in capsys.readouterr().err
 
 
@@ -341,7 +347,7 @@ def test_one_step_without_clipping_and_std_is_reinforce_with_the_group_baseline(
     query, query_mask, response, old_logprobs, mask = draw(model)
     rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     inputs = (query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7)
-    logprobs = packed_logprobs(model, *inputs).flatten(0, 1)
+    logprobs = completion_logprobs(packed_states, model, *inputs).flatten(0, 1)
     advantages = group_advantages(rewards, "none").flatten()
     loss, _ = grpo_loss(logprobs, logprobs.detach(), advantages, mask, math.inf, math.inf, "dapo")
     gradient = torch.autograd.grad(-loss * mask.sum(), list(model.parameters()))
@@ -548,7 +554,8 @@ def run_apart(args: Args, folder: Path, processes: int = 1, before: str = "") ->
     )
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-endpoint=localhost:0"]
     command = [sys.executable, *(launch + ["--rdzv-backend=c10d"]) * (processes > 1), str(program)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    threads = str(torch.get_num_threads() if processes == 1 else 1)  # another number of them rounds sums differently
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": threads}
     flags = json.dumps(grpo_llm.asdict(args))
     return subprocess.run([*command, flags], env=environment, capture_output=True, text=True, timeout=300)
 
@@ -640,9 +647,9 @@ def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(t
 
     def spy(model, *inputs):
         recomputing.add(model.is_activation_checkpointing and model.training)
-        return packed_logprobs(model, *inputs)
+        return packed_states(model, *inputs)
 
-    monkeypatch.setattr(grpo_llm, "packed_logprobs", spy)
+    monkeypatch.setattr(grpo_llm, "packed_states", spy)
     for number, flags in enumerate((
         {}, {"max_tokens_per_microbatch": 24}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True},
     )):  # fmt: skip
