@@ -583,13 +583,12 @@ def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, res
 
 
 def completion_logprobs(
-    states_fn: Callable, model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor,
-    temperature: float,
+    model: PreTrainedModel, states: Tensor, response: Tensor, mask: Tensor, temperature: float
 ) -> Tensor:
-    """Log-probabilities (R, K, T) in fp32 of K responses (R, K, T) to each query (R, L_q); 0 where mask is False."""
-    states = states_fn(model, query, query_mask, response, mask)  # (N, H)
+    """Log-probabilities (R, K, T) in fp32 of responses (R, K, T) with the states (N, H) before their N real tokens; 0
+    where mask is False."""
     logprobs = token_logprobs(model, states, response[mask], temperature)  # (N,)
-    return torch.zeros_like(mask, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
+    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
 
 
 @torch.no_grad()
@@ -604,8 +603,8 @@ def choose_states_fn(model: PreTrainedModel, ids: list[int], flag: str = "--mode
     expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
     sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
     for states_fn in [padded_states] if sliding else [packed_states, padded_states]:
-        inputs = (query, torch.ones_like(query, dtype=torch.bool), response, mask)
-        if (completion_logprobs(states_fn, model, *inputs, 1.0) - expected).abs().max() < 1e-3:
+        states = states_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask)  # (N, H)
+        if (completion_logprobs(model, states, response, mask, 1.0) - expected).abs().max() < 1e-3:
             return states_fn
     bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
 
@@ -1110,9 +1109,12 @@ def main(args: Args) -> dict[str, float]:
         with autocast():
             return score_completions(prompts, completions, answers, reward_model, reward_tokenizer, max_tokens)
 
-    def forward_logprobs(model: PreTrainedModel, *inputs: Tensor) -> Tensor:
+    def forward_logprobs(
+        model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
+    ) -> Tensor:
         with autocast():
-            return completion_logprobs(states_fn, model, *inputs)
+            states = states_fn(model, query, query_mask, response, mask)  # (N, H)
+            return completion_logprobs(model, states, response, mask, temperature)  # (R, K, T)
 
     def run_evaluation(step: int) -> dict[str, float]:
         reference = ref_model or load_model(initial, "--model-name-or-path").to(device)

@@ -68,8 +68,8 @@ def main() -> None:
         texts, (query, query_mask, response, logprobs, mask) = sample_texts(model, tokenizer, held_out, 1, options.seed)
         scores = grpo_llm.reward_model_scores(*rater, held_out, texts, 4096)
         with torch.no_grad():
-            inputs = (query, query_mask, response[:, None], mask[:, None], 1.0)
-            reference = grpo_llm.completion_logprobs(grpo_llm.padded_states, initial, *inputs)[:, 0]
+            states = grpo_llm.padded_states(initial, query, query_mask, response[:, None], mask[:, None])
+            reference = grpo_llm.completion_logprobs(initial, states, response[:, None], mask[:, None], 1.0)[:, 0]
         kl = (logprobs - reference).sum(1).mean()
         print(f"{name}: mean reward {sum(scores) / len(scores):.2f}, KL {kl:.2f} nats; {held_out[0] + texts[0]!r}")
 

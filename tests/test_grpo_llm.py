@@ -46,6 +46,11 @@ ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [17, 3, 9]]
 
 
+def tree_logprobs(states_fn, model, query, query_mask, response, mask, temperature):
+    states = states_fn(model, query, query_mask, response, mask)
+    return completion_logprobs(model, states, response, mask, temperature)
+
+
 def draw(model, num_generations=4, length=20, temperature=0.7, stop_ids=(1, 2), pad_id=0, seed=0):
     """Queries and their sampled responses: query, query_mask, response, logprobs, mask."""
     query, query_mask = pad_sequences(PROMPTS, pad_id, "left")
@@ -96,8 +101,8 @@ def test_sampler_packed_padded_and_naive_logprobs_agree(architecture):
     query, query_mask, response, logprobs, mask = draw(model)
     assert mask.sum(1).unique().numel() > 2  # responses of several lengths, so that rows left the batch
     grouped = [x.view(3, 4, -1) for x in (response, mask)]
-    packed = completion_logprobs(packed_states, model, query, query_mask, *grouped, 0.7).flatten(0, 1)
-    padded = completion_logprobs(padded_states, model, query, query_mask, *grouped, 0.7).flatten(0, 1)
+    packed = tree_logprobs(packed_states, model, query, query_mask, *grouped, 0.7).flatten(0, 1)
+    padded = tree_logprobs(padded_states, model, query, query_mask, *grouped, 0.7).flatten(0, 1)
     for i in range(12):
         length = int(mask[i].sum())
         naive = naive_logprobs(model, PROMPTS[i // 4], response[i, :length].tolist(), 0.7)
@@ -114,9 +119,9 @@ def test_gradients_equal_the_naive_ones(architecture, states_fn, monkeypatch):
     query, query_mask, response, _, mask = draw(model)
     weights = torch.randn(mask.shape) * mask
     total = (
-        completion_logprobs(
-            states_fn, model, query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7
-        ).flatten(0, 1)
+        tree_logprobs(states_fn, model, query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7).flatten(
+            0, 1
+        )
         * weights
     ).sum()
     gradients = torch.autograd.grad(total, list(model.parameters()))
@@ -203,10 +208,10 @@ def test_gradient_checkpointing_changes_neither_the_samples_nor_the_gradients():
     assert model.training
     inputs = (query, query_mask, plain[0].view(3, 4, -1), plain[2].view(3, 4, -1), 1.0)
     with_checkpointing = torch.autograd.grad(
-        completion_logprobs(packed_states, model, *inputs).sum(), list(model.parameters())
+        tree_logprobs(packed_states, model, *inputs).sum(), list(model.parameters())
     )
     model.activation_checkpointing_disable()
-    without = torch.autograd.grad(completion_logprobs(packed_states, model, *inputs).sum(), list(model.parameters()))
+    without = torch.autograd.grad(tree_logprobs(packed_states, model, *inputs).sum(), list(model.parameters()))
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(with_checkpointing, without))
 
 
@@ -347,7 +352,7 @@ def test_one_step_without_clipping_and_std_is_reinforce_with_the_group_baseline(
     query, query_mask, response, old_logprobs, mask = draw(model)
     rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     inputs = (query, query_mask, response.view(3, 4, -1), mask.view(3, 4, -1), 0.7)
-    logprobs = completion_logprobs(packed_states, model, *inputs).flatten(0, 1)
+    logprobs = tree_logprobs(packed_states, model, *inputs).flatten(0, 1)
     advantages = group_advantages(rewards, "none").flatten()
     loss, _ = grpo_loss(logprobs, logprobs.detach(), advantages, mask, math.inf, math.inf, "dapo")
     gradient = torch.autograd.grad(-loss * mask.sum(), list(model.parameters()))
