@@ -110,7 +110,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999, its eps 1e-8: torch's defaults.)"""
+    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999; its eps is 1e-8, in ppo_llm.py 1e-5.)"""
 
     # ---- DPO
     ref_model_name_or_path: str | None = None

@@ -111,7 +111,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999, its eps 1e-8: torch's defaults.)"""
+    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999; its eps is 1e-8, in ppo_llm.py 1e-5.)"""
 
     # ---- GRPO
     reward_model_path: str | None = None
@@ -817,17 +817,17 @@ def reward_model_scores(
 
 
 def score_completions(
-    prompts: list, completions: list[str], answers: list, reward_model: PreTrainedModel | None,
+    prompts: list, completions: list[str], answers: list, weights: list[float], reward_model: PreTrainedModel | None,
     reward_tokenizer: PreTrainedTokenizerBase | None, max_tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all rewards (B,), and each by name (B,), nan where it does not apply."""
+    """The sum of all rewards (B,), those of REWARDS times their weights, and each by name (B,), nan where it does not
+    apply."""
     scores = {}
     for function, _ in REWARDS:
         scores[function.__name__] = [function(prompt_text(p), c, a) for p, c, a in zip(prompts, completions, answers)]
-    weights = [weight for _, weight in REWARDS]
     if reward_model is not None:
         scores["reward_model"] = reward_model_scores(reward_model, reward_tokenizer, prompts, completions, max_tokens)
-        weights.append(1.0)
+        weights = [*weights, 1.0]
     for name, values in scores.items():
         for prompt, value in zip(prompts, values):
             if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
@@ -1055,9 +1055,10 @@ def main(args: Args) -> dict[str, float]:
     test_examples = test_examples[: len(test_examples) // world_size * world_size]
     if not test_examples:
         bad_input(f"--dataset-name: there are fewer held-out rows than {world_size} processes")
+    weights = [weight for _, weight in REWARDS]
     if reward_model is None:  # what no reward function can judge is said now, and not in the middle of the run
         prompts, answers = ([e[key] for e in examples + test_examples] for key in ("prompt", "answer"))
-        score_completions(prompts, [""] * len(prompts), answers, None, None, max_tokens)
+        score_completions(prompts, [""] * len(prompts), answers, weights, None, None, max_tokens)
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
@@ -1107,7 +1108,9 @@ def main(args: Args) -> dict[str, float]:
     def score(batch: list[dict], completions: list[str], num_generations: int) -> tuple[Tensor, dict[str, Tensor]]:
         prompts, answers = ([e[key] for e in batch for _ in range(num_generations)] for key in ("prompt", "answer"))
         with autocast():
-            return score_completions(prompts, completions, answers, reward_model, reward_tokenizer, max_tokens)
+            return score_completions(
+                prompts, completions, answers, weights, reward_model, reward_tokenizer, max_tokens
+            )
 
     def forward_logprobs(
         model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float

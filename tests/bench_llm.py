@@ -3,6 +3,7 @@
     python tests/bench_llm.py --method grpo --size M                   # both from this interpreter
     python tests/bench_llm.py --method grpo --size M --bf16 --peer-python ~/venvs/trl/bin/python
     python tests/bench_llm.py --method dpo --size qwen2.5-0.5b --bf16 --device cuda
+    python tests/bench_llm.py --method ppo --size M --peer-python ~/venvs/trl-1.12/bin/python   # the last with PPO
 
 Both run the real thing (`main(Args(...))` of our script; TRL's trainer with the same settings, without gradient
 checkpointing) on one random-weight Qwen2 model and one file of data. The learning rate is too small to change a weight,
@@ -13,6 +14,10 @@ of about 1/32, by the way the model is made; the measured mean lengths (27.8 tok
 same work. With few steps they differ by chance, and the ratio with them.
 dpo: 8 pairs a step, prompts of 128 tokens, answers of 64; the reference's log-probabilities are computed before, in
 both. reward: the same (TRL reads one token more, as it ends an answer with EOS).
+ppo: as grpo, with 64 prompts x 1 completion, or 8 x 8 with --num-generations 8 (ours; to TRL's trainer 64 prompts are
+distinct anyway), 4 epochs of 4 minibatches and a value network that starts from the policy; TRL samples 64 tokens for
+every prompt, and cuts them at EOS then. --share-value-backbone: ours reads the values off the policy, which is another
+algorithm than TRL's.
 
 Each side is a process of its own, which does one step when it is told to and then reports. The two take turns, so that
 a slow minute of the machine hits both. On the CPU both have the same single core and one thread, and seconds are the
@@ -23,6 +28,7 @@ output is one JSON object. Linux only. On the CPU, TRL takes about 7 GB at the s
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -44,7 +50,8 @@ SIZES = {  # layers, hidden, MLP, heads, key-value heads, vocabulary; the last t
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936),
 }
-PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64  # of grpo
+PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64  # of grpo and ppo
+PPO_EPOCHS, PPO_MINIBATCHES = 4, 4
 PAIRS, PAIR_PROMPT_LENGTH, ANSWER_LENGTH = 8, 128, 64  # of dpo and reward
 EOS_CHANCE = 1 / 32
 LEARNING_RATE = 1e-30  # no fp32 weight feels it; 0 means "the default" to some flags
@@ -67,7 +74,7 @@ def build(spec: dict) -> None:
     tokenizer.save_pretrained("model")
     rng = random.Random(0)
     with open("prompts.jsonl", "w") as file:
-        for _ in range(PROMPTS * (spec["steps"] + spec["warmup"] + 2)):
+        for _ in range(PROMPTS * GENERATIONS * (spec["steps"] + spec["warmup"] + 2)):
             prompt = "".join(rng.choices(letters, k=PROMPT_LENGTH))
             file.write(json.dumps({"prompt": prompt, "answer": "0"}) + "\n")
     with open("pairs.jsonl", "w") as file:
@@ -168,14 +175,16 @@ class Stopwatch:
         print(json.dumps(values), file=self.reports, flush=True)
 
 
-def grpo_ours(spec: dict, watch: Stopwatch) -> None:
+def policy_ours(spec: dict, watch: Stopwatch) -> None:
+    """grpo_llm.py or ppo_llm.py."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import grpo_llm
-
-    sample, score_completions = grpo_llm.sample, grpo_llm.score_completions
+    script = importlib.import_module(f"{spec['method']}_llm")
+    generations = spec["num_generations"]
+    prompts = PROMPTS * GENERATIONS // generations
+    sample, score_completions = script.sample, script.score_completions
 
     def watched_sample(model, query, attention_mask, num_generations, *args, **kwargs):
-        training = num_generations == GENERATIONS and len(query) == PROMPTS  # evaluation, start-up checks: fewer
+        training = num_generations == generations and len(query) == prompts  # evaluation, start-up checks: fewer
         if training:
             watch.next_step()
         result = sample(model, query, attention_mask, num_generations, *args, **kwargs)
@@ -187,22 +196,28 @@ def grpo_ours(spec: dict, watch: Stopwatch) -> None:
         watch.mark("rollout")
         result = score_completions(*args, **kwargs)
         watch.mark("reward")
-        if len(result[0]) == PROMPTS * GENERATIONS:
-            rewards = result[0].view(PROMPTS, GENERATIONS)
+        if len(result[0]) == prompts * generations:
+            rewards = result[0].view(prompts, generations)
             watch.equal = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
         return result
 
     def crc_reward(prompt: str, completion: str, answer: str | None) -> float:
         return reward(completion)
 
-    grpo_llm.sample, grpo_llm.score_completions = watched_sample, watched_score_completions
-    grpo_llm.REWARDS = ((crc_reward, 1.0),)
+    script.sample, script.score_completions = watched_sample, watched_score_completions
+    script.REWARDS = ((crc_reward, 1.0),)
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
-    grpo_llm.main(grpo_llm.Args(
+    flags = {}
+    if spec["method"] == "ppo":
+        flags = {
+            "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
+            "share_value_backbone": spec["share_value_backbone"],
+        }  # fmt: skip
+    script.main(script.Args(
         model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"],
         max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PROMPTS, learning_rate=LEARNING_RATE,
-        generation_batch_size=PROMPTS * GENERATIONS, num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION,
-        seed=spec["seed"],
+        generation_batch_size=PROMPTS * GENERATIONS, num_generations=generations, max_completion_length=MAX_COMPLETION,
+        seed=spec["seed"], **flags,
     ))  # fmt: skip
 
 
@@ -243,6 +258,64 @@ def grpo_peer(spec: dict, watch: Stopwatch) -> None:
 
     trainer._calculate_rewards = watched_calculate_rewards
     trainer.train()
+
+
+def ppo_peer(spec: dict, watch: Stopwatch) -> None:
+    import torch
+    import transformers
+    from datasets import Dataset
+    from trl.experimental.ppo import ppo_trainer
+
+    class Backbone(torch.nn.Module):
+        """Its one hidden number is the cheap reward, at every token: what TRL's reward model is here."""
+
+        def forward(self, input_ids, **kwargs):
+            scores = [reward(str(row)) for row in input_ids.tolist()]
+            hidden = torch.tensor(scores, device=input_ids.device)[:, None, None].expand(*input_ids.shape, 1)
+            return transformers.modeling_outputs.BaseModelOutput(hidden_states=(hidden,))
+
+    class CheapReward(torch.nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.score = Backbone(), torch.nn.Identity()
+
+    generate, first_true_indices = ppo_trainer.batch_generation, ppo_trainer.first_true_indices
+
+    def watched_generation(*args):
+        watch.next_step()
+        result = generate(*args)
+        watch.mark("rollout")
+        return result
+
+    def watched_indices(bools):
+        index = first_true_indices(bools)
+        if bools.shape[1] == MAX_COMPLETION:  # of the padding in the responses
+            watch.lengths = index.tolist()
+        return index
+
+    ppo_trainer.batch_generation, ppo_trainer.first_true_indices = watched_generation, watched_indices
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32) for _ in range(2)
+    )
+    value = transformers.AutoModelForSequenceClassification.from_pretrained("model", dtype=torch.float32, num_labels=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model", padding_side="left")
+    rows = [tokenizer(json.loads(line)["prompt"]).input_ids for line in open("prompts.jsonl")]
+    data = Dataset.from_dict({"input_ids": rows})
+    batch = PROMPTS * GENERATIONS
+    ppo_trainer.PPOTrainer(
+        args=ppo_trainer.PPOConfig(
+            output_dir="peer", save_strategy="no", report_to="none", num_sample_generations=0,
+            total_episodes=batch * (watch.steps_left + 1), bf16=spec["bf16"], use_cpu=spec["device"] == "cpu",
+            per_device_train_batch_size=batch, gradient_accumulation_steps=1, local_rollout_forward_batch_size=batch,
+            num_ppo_epochs=PPO_EPOCHS, num_mini_batches=PPO_MINIBATCHES, gradient_checkpointing=False,
+            optim="adamw_torch_fused", learning_rate=LEARNING_RATE, max_grad_norm=1.0, temperature=1.0,
+            response_length=MAX_COMPLETION, stop_token="eos", seed=spec["seed"],
+        ),
+        processing_class=tokenizer, model=policy, ref_model=reference, reward_model=CheapReward(), value_model=value,
+        train_dataset=data, eval_dataset=data.select(range(batch)),
+    ).train()  # fmt: skip
 
 
 def pairs_ours(spec: dict, watch: Stopwatch) -> None:
@@ -292,7 +365,8 @@ def pairs_peer(spec: dict, watch: Stopwatch) -> None:
 
 
 METHODS = {
-    "grpo": (grpo_ours, grpo_peer),
+    "grpo": (policy_ours, grpo_peer),
+    "ppo": (policy_ours, ppo_peer),
     "dpo": (pairs_ours, pairs_peer),
     "reward": (pairs_ours, pairs_peer),
 }
@@ -357,7 +431,7 @@ def limits(options: argparse.Namespace, side: dict) -> dict[str, float]:
     head = vocabulary * hidden  # tied: it is also the embedding, which costs nothing to read
     body = layers * (hidden * hidden * (2 + 2 * kv_heads / heads) + 3 * hidden * mlp)
     rollout, update = side["phases"]["rollout"], side["phases"]["update"]
-    if options.method != "grpo":
+    if options.method in ("dpo", "reward"):
         tokens = 2 * PAIRS * ANSWER_LENGTH
         head_tokens = tokens if options.method == "dpo" else 0
         flop = 6 * (body * (PAIRS * PAIR_PROMPT_LENGTH + tokens) + head * head_tokens)
@@ -367,7 +441,11 @@ def limits(options: argparse.Namespace, side: dict) -> dict[str, float]:
         }
     tokens = side["mean_length"] * PROMPTS * GENERATIONS
     read = side["longest"] * (body + head) * (2 if options.bf16 else 4)
-    flop = 6 * (body * (PROMPTS * PROMPT_LENGTH + tokens) + head * tokens)
+    seen = PROMPTS * GENERATIONS // options.num_generations * PROMPT_LENGTH + tokens
+    flop = 6 * (body * seen + head * tokens)
+    if options.method == "ppo":  # and the value network, and both and the reference's forward pass before
+        bodies = 1 if options.share_value_backbone else 2
+        flop = PPO_EPOCHS * 6 * (bodies * body * seen + head * tokens) + 2 * (2 * body * seen + head * tokens)
     return {
         "rollout_tokens_per_second": tokens / rollout,
         "update_tokens_per_second": tokens / update,
@@ -385,10 +463,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each side")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not counted")
     parser.add_argument("--seed", type=int, default=2, help="of the samplers (default: 2)")
+    parser.add_argument("--num-generations", type=int, help="completions a prompt (default: 8 for grpo, 1 for ppo)")
+    parser.add_argument("--share-value-backbone", action="store_true", help="ppo, our side only")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's FLOP/s (default: H200, bf16)")
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
     options = parser.parse_args()
+    options.num_generations = options.num_generations or (1 if options.method == "ppo" else GENERATIONS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, which ends the workers and clears the folder
 
     peer = peer_version(options.peer_python)
@@ -397,8 +478,7 @@ def main() -> None:
         print(f"{options.peer_python} cannot import trl: our side alone")
         del pythons["peer"]
     with tempfile.TemporaryDirectory() as folder:
-        spec = {key: getattr(options, key) for key in ("method", "size", "bf16", "device", "steps", "warmup", "seed")}
-        spec["folder"] = folder
+        spec = {**vars(options), "folder": folder}
         builder = Worker(sys.executable, "build", spec)
         if builder.process.wait() != 0:
             builder.fail()
@@ -447,6 +527,7 @@ def main() -> None:
     result = {
         "method": options.method, "size": options.size, "device": options.device,
         "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
+        "num_generations": options.num_generations, "share_value_backbone": options.share_value_backbone,
         "ratio": other and other["seconds"] / ours["seconds"],
         "ratio_per_token": other and other["token_ms"] / ours["token_ms"],  # the lengths differ a little by chance
         "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],

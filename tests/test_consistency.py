@@ -20,6 +20,9 @@ TINY = {
         "sft_steps": 1, "max_steps": 1, "generation_batch_size": 8, "num_generations": 4, "max_completion_length": 8,
         "max_eval_samples": 4, "beta": 0.1,
     },
+    "ppo_llm": {
+        "sft_steps": 1, "max_steps": 1, "generation_batch_size": 8, "max_completion_length": 8, "max_eval_samples": 4,
+    },
     "dpo": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
     "reward_model": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
 }  # fmt: skip
