@@ -18,8 +18,8 @@ token's advantage over that prediction is raised or lowered within a clipped tru
 PPO: Schulman et al. 2017 (arXiv:1707.06347), eq. 7 and 9. GAE: Schulman et al. 2016 (arXiv:1506.02438), eq. 16. From
 human preferences: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Ouyang et al. 2022
 (arXiv:2203.02155). Details, each cited where it stands: Huang et al. 2024 (arXiv:2403.17031, "N+ details") and "The N
-implementation details of RLHF with PPO" (2023). With gamma = lambda = 1, one optimizer step a rollout and neither
-clipping nor whitening, the gradient is REINFORCE with reward-to-go and the learned value as baseline.
+implementation details of RLHF with PPO" (2023). A is whitened before it enters L. Before that, with gamma = lambda = 1
+and one optimizer step a rollout, the gradient is REINFORCE with reward-to-go and the learned value as baseline.
 
     python ppo_llm.py                              # laptop, no network: a tiny model learns to show its work
     python reward_model.py --output-dir rm         # the whole pipeline: a reward model from preferences ...
@@ -66,7 +66,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
 
@@ -153,7 +154,7 @@ class Args:
     """beta: what a nat of log pi / pi_ref costs, in the reward (Huang et al. 2024)."""
     kl_target: float | None = None
     """Adapt kl_coef so that the KL of a whole response to the initial model is this many nats (Ziegler et al. 2019,
-    section 2.2; there 6). None: kl_coef is constant."""
+    section 2.2; 6 in their code). None: kl_coef is constant."""
     kl_horizon: int = 10000
     """Completions over which kl_coef adapts (Ziegler et al.'s code)."""
     gamma: float = 1.0
@@ -165,13 +166,14 @@ class Args:
     cliprange_value: float = 0.2
     """A new value counts as at most this far from the rollout's (Huang et al. 2024)."""
     vf_coef: float = 0.1
-    """Weight of the value loss (Huang et al. 2024)."""
+    """Weight of the value loss (Huang et al. 2024). It matters with --share-value-backbone; a network of its own has an
+    optimizer and a gradient norm of its own."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     whiten_rewards: bool = False
     """Divide the rewards of all tokens by their standard deviation; their mean stays (Ziegler et al.'s code)."""
     missing_eos_penalty: float = 0.0
-    """Taken off the score of a completion without a stop token (Huang et al. 2024 fix such a score at -1 instead)."""
+    """Taken off the score of a training completion without a stop token (Huang et al. 2024 fix it at -1 instead)."""
     share_value_backbone: bool = False
     """Read the value off the policy's own states, with a linear layer: half the memory and time of a network of its
     own, but the value loss then also moves the policy."""
@@ -474,6 +476,20 @@ def load_reward_model(
     if not normalize:
         model.config.reward_mean, model.config.reward_std = 0.0, 1.0
     return model, tokenizer
+
+
+def reads_alike(
+    reward_model: PreTrainedModel, reward_tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> bool:
+    """Whether the reward model can be a value network of the policy: the same architecture, context and windows, and
+    the policy's ids mean the same to it (it may have more: reward_model.py may add a pad token)."""
+    rated, own = (network.config.get_text_config() for network in (reward_model, model))
+    same_positions = all(
+        getattr(rated, key, None) == getattr(own, key, None) for key in ("max_position_embeddings", "sliding_window")
+    )
+    same_ids = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
+    return type(reward_model.base_model) is type(model.base_model) and same_positions and same_ids
 
 
 # ---- the mathematics -------------------------------------------------------------------------------------------------
@@ -1071,6 +1087,8 @@ def check_ppo_args(args: Args, world_size: int) -> None:
                   f"{args.num_generations} x --num-mini-batches {args.num_mini_batches} x {world_size} processes")
     if args.kl_target is not None and args.kl_coef == 0.0:
         bad_input("--kl-target multiplies --kl-coef, which must not be 0")
+    if args.kl_target is not None and args.kl_horizon < args.generation_batch_size:
+        bad_input(f"--kl-horizon {args.kl_horizon} is less than --generation-batch-size {args.generation_batch_size}")
     if args.max_eval_samples % world_size:
         bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
     if args.normalize_reward_model and args.reward_model_path is None:
@@ -1099,6 +1117,9 @@ def main(args: Args) -> dict[str, float]:
     else:
         tokenizer = load_tokenizer(initial, "--model-name-or-path")
         model = load_model(initial, "--model-name-or-path")
+    if not args.share_value_backbone and type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        bad_input(f"--model-name-or-path: transformers has no sequence classifier of {type(model).__name__}'s kind for "
+                  "the value network; --share-value-backbone does without")
     config = model.config.get_text_config()
     cpu_tokens = 4096 if config.vocab_size > 65536 else 1024
     max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
@@ -1134,20 +1155,23 @@ def main(args: Args) -> dict[str, float]:
     if states_fn is padded_states and rank == 0:
         print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
     ref_model = load_model(initial, "--model-name-or-path").to(device)
-    reads_alike = reward_model is not None and type(reward_model.base_model) is type(model.base_model)
-    reads_alike = reads_alike and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
     if args.share_value_backbone:
-        value_model, value_head = model, nn.Linear(config.hidden_size, 1, bias=False).to(device)
-        critic = value_head
+        value_model = model
+        critic = value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, bias=False).to(device)
+        nn.init.zeros_(value_head.weight)
     else:
-        source = args.reward_model_path if reads_alike else initial  # from the reward model: Stiennon et al. 2020, 3.4
-        flag = "--reward-model-path" if reads_alike else "--model-name-or-path"
-        value_model = load_model(source, flag, AutoModelForSequenceClassification, new_head=True, num_labels=1)
+        rated = reward_model is not None and reads_alike(reward_model, reward_tokenizer, model, tokenizer)
+        name, flag = (args.reward_model_path, "--reward-model-path") if rated else (initial, "--model-name-or-path")
+        value_model = load_model(name, flag, AutoModelForSequenceClassification, new_head=True, num_labels=1)
         critic, value_head = value_model.to(device), value_model.score
-    if args.share_value_backbone or not reads_alike:
-        nn.init.zeros_(value_head.weight)  # Ziegler et al.'s code: the first values are 0
-    else:
-        value_head.weight.data.div_(reward_model.config.reward_std)  # which is 1 without --normalize-reward-model
+        if rated:  # Stiennon et al. 2020, 3.4; its values on the scale of the scores
+            mean, std = reward_model.config.reward_mean, reward_model.config.reward_std
+            value_head.weight.data.div_(std)
+            value_head.bias = nn.Parameter(torch.tensor([-mean / std], device=device))
+        else:
+            nn.init.zeros_(value_head.weight)  # Ziegler et al.'s code: the first values are 0
+        if rank == 0:
+            print(f"the value network starts from {name}")
     if args.gradient_checkpointing:
         for network in dict.fromkeys((model, value_model)):
             network.activation_checkpointing_enable({"use_reentrant": False})
@@ -1254,9 +1278,10 @@ def main(args: Args) -> dict[str, float]:
         query, query_mask, response, old_logprobs, mask, completions = rollout(batch, G, args.temperature, generator)
         stopped = (torch.isin(response, torch.tensor(stop_ids, device=device)) & mask).any(1)  # (P*G,)
 
-        # ---- reward: a row is a prompt with K of its completions, all G unless they outgrow a micro-batch
+        # ---- reward
         scores, rewards_by_name = score(batch, completions, G)  # (P*G,), {name: (P*G,)}
         scores = scores.to(device) - args.missing_eos_penalty * ~stopped
+        # a row is a prompt with K of its completions, all G unless they outgrow a micro-batch
         L_q, T = query.shape[1], response.shape[1]
         sizes = [K for K in range(1, G + 1) if G % K == 0 and L_q + K * T <= max_tokens]
         K = max(sizes, default=1) if states_fn is packed_states else 1
@@ -1272,18 +1297,18 @@ def main(args: Args) -> dict[str, float]:
                 ref_logprobs[rows] = forward_logprobs(ref_model, *mb_inputs, args.temperature)
                 old_values[rows] = forward_values(*mb_inputs)
         ref_logprobs, old_values = ref_logprobs.view_as(mask), old_values.view_as(mask)  # (P*G, T)
-        log_ratio = old_logprobs - ref_logprobs  # (P*G, T): log pi / pi_ref
+        log_ratio = old_logprobs - ref_logprobs  # (P*G, T): log pi / pi_ref; in bf16 0 only on average at the start
         rewards = token_rewards(scores, log_ratio, mask, kl_coef)  # (P*G, T)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 
         # ---- advantage
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)  # (P*G, T)
-        errors = returns - old_values  # (P*G, T)
+        errors, targets = (returns - old_values).double(), returns.double()  # (P*G, T)
         sums = {
             "tokens": mask.sum(), "truncated": (~stopped).sum(), "interrupts": torch.tensor(len(interrupts)),
             "scores": scores.sum(), "squares": scores.square().sum(), "kl": log_ratio.sum(),
-            "logprobs": old_logprobs.sum(), "returns": returns.sum(), "returns_squared": returns.square().sum(),
+            "logprobs": old_logprobs.sum(), "returns": targets.sum(), "returns_squared": targets.square().sum(),
             "errors": errors.sum(), "errors_squared": errors.square().sum(),
         }
         for name, values in rewards_by_name.items():
@@ -1297,7 +1322,8 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- update
         stats: dict[str, Tensor] = {}
-        logprob_difference, epochs, kl_sum = torch.zeros((), device=device), 0, 0.0
+        logprob_difference, epochs, kl_before = torch.zeros((), device=device), 0, 0.0
+        grad_norms: list[Tensor] = []  # of the policy and the value network, (2,) each
         model.train()
         value_model.train()
         for epoch in range(args.num_ppo_epochs):
@@ -1323,16 +1349,16 @@ def main(args: Args) -> dict[str, float]:
                     )
                     loss.backward()
                     for name, value in mb_stats.items():
-                        stats[name] = stats.get(name, 0.0) + value / M
+                        stats[name] = stats.get(name, 0.0) + value * minibatch_tokens / sums["tokens"]
                     if epoch == minibatch == 0:
                         difference = (mb_logprobs.detach() - mb["old_logprobs"]).abs().max()
                         logprob_difference = torch.maximum(logprob_difference, difference)
                 for parameter in [*model.parameters(), *critic.parameters()]:
                     if parameter.grad is not None:  # by hand: DDP wants as many micro-batches in every process
                         all_reduce(parameter.grad)
-                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                critic_grad_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-                if not (grad_norm + critic_grad_norm).isfinite():
+                norms = [nn.utils.clip_grad_norm_(x.parameters(), args.max_grad_norm) for x in (model, critic)]
+                grad_norms.append(torch.stack(norms))  # (2,)
+                if not grad_norms[-1].isfinite().all():
                     save(run_dir / "nonfinite.pt", step)
                     wait_for_all(device)
                     bad_input(f"a gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
@@ -1341,15 +1367,17 @@ def main(args: Args) -> dict[str, float]:
                     network_optimizer.zero_grad()  # gradients take no memory while the next rollout is sampled
             epochs += 1
             if args.target_kl is not None:
-                kl_sum, kl_before = all_reduce(stats["policy/approxkl_avg"].clone()).item(), kl_sum
+                kl_sum = all_reduce(stats["policy/approxkl_avg"].clone()).item()
                 if kl_sum - kl_before > args.target_kl:
                     break
+                kl_before = kl_sum
 
         # ---- log
         logs = {name: value / epochs for name, value in sum_over_processes(stats, device).items()}
         all_reduce(logprob_difference, dist.ReduceOp.MAX)
         num_tokens += int(sums["tokens"])
         mean_score, kl, tokens = sums["scores"] / B, sums["kl"] / B, sums["tokens"]
+        grad_norm, critic_grad_norm = torch.stack(grad_norms).mean(0).tolist()
         variance = sums["returns_squared"] / tokens - (sums["returns"] / tokens) ** 2
         unexplained = sums["errors_squared"] / tokens - (sums["errors"] / tokens) ** 2
         for name in rewards_by_name:
@@ -1368,8 +1396,8 @@ def main(args: Args) -> dict[str, float]:
             "train/completions/mean_length": tokens / B,
             "train/completions/clipped_ratio": sums["truncated"] / B,
             "train/sampling/sampling_logp_difference/max": logprob_difference.item(),
-            "train/grad_norm": grad_norm.item(),
-            "val/grad_norm": critic_grad_norm.item(),
+            "train/grad_norm": grad_norm,
+            "val/grad_norm": critic_grad_norm,
             "train/num_tokens": num_tokens,
             "charts/learning_rate": lr,
             "charts/SPS": tokens / (time.time() - step_start),

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Ernie4_5Config,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 import ppo_llm
 from ppo_llm import (
@@ -146,14 +153,15 @@ def test_microbatches_add_up_to_the_whole(size, ent_coef):
 
 def test_padding_changes_no_figure_and_no_gradient():
     batch = random_batch()
-    padded = {name: torch.nn.functional.pad(x, (0, 3), value=math.inf) for name, x in batch.items()}
+    padded = {name: torch.nn.functional.pad(x, (0, 3), value=1e6) for name, x in batch.items()}
     padded["mask"] = torch.nn.functional.pad(batch["mask"], (0, 3))
     results = []
     for columns in (batch, padded):
-        columns["logprobs"].requires_grad_()
-        loss, stats = ppo_loss(**columns, epsilon=0.2, cliprange_value=0.2, vf_coef=0.1)
-        (gradient,) = torch.autograd.grad(loss, columns["logprobs"])
-        results.append((loss, stats, gradient[:, :5]))
+        learnt = [columns[name].requires_grad_() for name in ("logprobs", "values")]
+        loss, stats = ppo_loss(**columns, epsilon=0.2, cliprange_value=0.2, vf_coef=0.1, ent_coef=0.1)
+        gradients = torch.stack(torch.autograd.grad(loss, learnt))
+        assert not gradients[:, ~columns["mask"]].any()
+        results.append((loss, stats, gradients[:, :, :5]))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5) and torch.equal(results[0][2], results[1][2])
     assert {name: x.item() for name, x in results[0][1].items()} == pytest.approx(
         {name: x.item() for name, x in results[1][1].items()}
@@ -339,6 +347,14 @@ def test_the_loop_does_what_the_flags_say(tiny, monkeypatch):
     """What reaches rewards, advantages, the loss and the optimizers, when the flags are none of the defaults."""
     losses, rewards, advantages = (spy_on(monkeypatch, name) for name in ("ppo_loss", "token_rewards", "gae"))
     steps, step = [], torch.optim.AdamW.step
+    queries = []
+
+    def states_spy(model, *inputs):
+        if torch.is_grad_enabled() and type(model).__name__ == "LlamaForCausalLM":
+            queries.append((model, *inputs))
+        return packed_states(model, *inputs)
+
+    monkeypatch.setattr(ppo_llm, "packed_states", states_spy)
 
     def step_spy(optimizer, *arguments):
         (group,) = optimizer.param_groups
@@ -363,9 +379,9 @@ def test_the_loop_does_what_the_flags_say(tiny, monkeypatch):
     totals = [counts.pop() for counts in per_minibatch]
     assert [a + b for a, b in zip(totals[::2], totals[1::2])] == [tokens] * 3
     assert len({frozenset(totals[start : start + 2]) for start in (0, 2, 4)}) > 1  # shuffled anew in each epoch
+    prompts = [tuple(call[1].flatten().tolist()) for call in queries[-48:]]  # of the update's micro-batches
     for start in range(0, 48, 8):  # both completions of a prompt are in the same minibatch
-        ids = [tuple(call[1].flatten().tolist()) for call in losses[start : start + 8]]
-        assert len(set(ids)) > 1
+        assert all(prompts[start : start + 8].count(prompt) == 2 for prompt in prompts[start : start + 8])
     assert [lr for lr, *_ in steps[::2]] == pytest.approx([1e-2 * (1 - 0.9 * i / 5) for i in range(6)])
     assert {(eps, decay) for _, eps, decay, _ in steps} == {(1e-5, 0.05)} and len(steps) == 12
     assert max(norm for *_, norm in steps) < 1.01e-3
@@ -416,6 +432,50 @@ def test_target_kl_ends_the_epochs(tiny):
     assert [value for _, value in scalars(run_folder(args))["policy/epochs"]] == [2.0] * 3  # the first is on-policy
 
 
+def test_target_kl_is_that_of_one_pass_and_not_of_their_sum(tiny, tmp_path, monkeypatch):
+    def same_kl(*arguments, **options):
+        loss, stats = ppo_loss(*arguments, **options)
+        tokens = arguments[6].sum() / arguments[11]  # this micro-batch's share
+        return loss, {**stats, "policy/approxkl_avg": 0.1 * tokens}
+
+    monkeypatch.setattr(ppo_llm, "ppo_loss", same_kl)
+    for target, epochs in ((0.11, 5.0), (0.09, 1.0)):
+        args = tiny(target_kl=target, num_ppo_epochs=5, num_mini_batches=2, max_steps=1,
+                    output_dir=str(tmp_path / str(target)))  # fmt: skip
+        main(args)
+        assert scalars(run_folder(args))["policy/epochs"] == [(1, epochs)]
+        assert scalars(run_folder(args))["policy/approxkl_avg"][0][1] == pytest.approx(0.1, rel=1e-5)
+
+
+def test_the_rollouts_values_are_those_of_the_update(tiny, reward_folder, monkeypatch):
+    """Before the first step the value of every token is what the rollout has noted for it, and the ratio is 1."""
+    losses, advantages = spy_on(monkeypatch, "ppo_loss"), spy_on(monkeypatch, "gae")
+    args = tiny(
+        max_steps=1, num_ppo_epochs=1, num_generations=4, num_mini_batches=2, reward_model_path=reward_folder,
+        learning_rate=1e-30,
+    )  # fmt: skip
+    main(args)
+    for logprobs, old_logprobs, _, values, old_values, _, mask, *_ in losses:
+        assert torch.allclose(values[mask], old_values[mask], atol=1e-4)
+        assert torch.allclose(logprobs[mask], old_logprobs[mask], atol=1e-4)
+    rewards, values, mask = advantages[0][:3]
+    assert values[mask].std() > 0.1  # else any rows would do
+    returns = gae(rewards, values, mask, 1.0, 0.95)[1][mask]
+    logs = scalars(run_folder(args))
+    explained = 1 - (returns - values[mask]).var(correction=0) / returns.var(correction=0)
+    assert logs["losses/explained_variance"][0][1] == pytest.approx(explained.item(), rel=1e-3, abs=1e-4)
+    assert logs["val/ratio"][0][1] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_value_loss_moves_a_shared_backbone_and_not_a_separate_policy(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_llm, "whiten", lambda advantages, mask: torch.zeros_like(advantages))
+    for shared_backbone in (True, False):
+        args = tiny(share_value_backbone=shared_backbone, max_steps=2, output_dir=str(tmp_path / str(shared_backbone)))
+        main(args)
+        norms = scalars(run_folder(args))["train/grad_norm"]
+        assert (norms[1][1] > 1e-4) == shared_backbone  # at first the head is 0
+
+
 def test_kl_target_moves_the_coefficient(tiny):
     args = tiny(kl_target=0.01, kl_horizon=160, max_steps=4, learning_rate=3e-2)
     main(args)
@@ -437,29 +497,87 @@ def test_the_reward_model_is_the_reward_and_starts_the_value_network(tiny, rewar
     assert {"eval/digit", "eval/accuracy"} <= set(metrics)  # still logged
     critic = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["critic"]
     rated = AutoModelForSequenceClassification.from_pretrained(reward_folder).state_dict()
-    assert all(torch.equal(critic[name], rated[name]) for name in rated)
-    standardised = main(tiny(
+    assert all(torch.equal(critic[name], rated[name]) for name in rated) and critic["score.bias"].abs() < 1e-20
+    args = tiny(
         reward_model_path=reward_folder, normalize_reward_model=True, learning_rate=1e-30, max_steps=1,
         output_dir=str(tmp_path / "standardised"),
-    ))  # fmt: skip
+    )  # fmt: skip
+    standardised = main(args)
     assert standardised["eval/reward"] == pytest.approx((metrics["eval/reward"] - 0.5) / 2.0, rel=1e-5)
+    critic = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["critic"]
+    assert torch.allclose(critic["score.weight"], rated["score.weight"] / 2.0)
+    assert critic["score.bias"].item() == pytest.approx(-0.25)
 
 
-def test_a_value_network_without_a_fitting_reward_model_starts_from_the_policy_at_zero(
-    tiny, reward_folder, model_folder, tmp_path
-):
-    other = tmp_path / "other"
-    AutoModelForSequenceClassification.from_pretrained(reward_folder).save_pretrained(other)
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["xyz"])
-    tokenizer.save_pretrained(other)
-    for number, path in enumerate((None, str(other))):
-        args = tiny(reward_model_path=path, learning_rate=1e-30, max_steps=1, output_dir=str(tmp_path / str(number)))
-        main(args)
-        critic = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["critic"]
-        assert critic["score.weight"].abs().max() < 1e-20
+@pytest.mark.parametrize("difference", ["no reward model", "ids", "class", "context", "window", "one more token"])
+def test_where_the_value_network_starts(tiny, reward_folder, model_folder, tmp_path, difference):
+    """From the reward model only where it reads the same ids in the same way; else from the policy, its values 0."""
+    folder, tokenizer = tmp_path / "other", make_tokenizer()
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder)
+    if difference == "class":
+        make_model("gpt2").save_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model.config.pad_token_id = 0
+    elif difference == "context":
+        model.config.max_position_embeddings = 64
+    elif difference == "window":
+        model.config.sliding_window = 8
+    elif difference == "ids":
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(reward_folder)
+        swapped = tokenizer.backend_tokenizer.to_str().replace('"a":16', '"z":16')
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(swapped), pad_token="<pad>", eos_token="<eos>"
+        )
+        assert tokenizer.get_vocab() != make_tokenizer().get_vocab()
+    elif difference == "one more token":
+        tokenizer.add_tokens(["<|pad|>"])
+        model.resize_token_embeddings(21)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    args = tiny(
+        reward_model_path=None if difference == "no reward model" else str(folder), learning_rate=1e-30, max_steps=1,
+        num_ppo_epochs=1,
+    )  # fmt: skip
+    main(args)
+    critic = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["critic"]
+    if difference == "one more token":
+        assert (
+            torch.equal(critic["score.weight"], model.score.weight) and len(critic["model.embed_tokens.weight"]) == 21
+        )
+    else:
         policy = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+        assert critic["score.weight"].abs().max() < 1e-20
         assert torch.equal(critic["model.layers.1.mlp.up_proj.weight"], policy["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_an_architecture_without_a_classifier_needs_a_shared_backbone(tiny, tmp_path, capsys):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Ernie4_5Config(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )).save_pretrained(tmp_path / "ernie")  # fmt: skip
+    make_tokenizer().save_pretrained(tmp_path / "ernie")
+    args = tiny(model_name_or_path=str(tmp_path / "ernie"), max_steps=1)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2 and "--share-value-backbone" in capsys.readouterr().err
+    assert not Path(args.output_dir).exists()
+    args.share_value_backbone = True
+    assert "eval/reward" in main(args)
+
+
+def test_sliding_windows_are_padded(tiny, tmp_path, capsys):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MistralConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, sliding_window=8, pad_token_id=0, bos_token_id=None,
+        eos_token_id=1,
+    )).save_pretrained(tmp_path / "mistral")  # fmt: skip
+    make_tokenizer().save_pretrained(tmp_path / "mistral")
+    args = tiny(model_name_or_path=str(tmp_path / "mistral"), num_generations=4, num_mini_batches=2, max_steps=1)
+    main(args)
+    assert "pads completions" in capsys.readouterr().out
+    assert scalars(run_folder(args))["train/sampling/sampling_logp_difference/max"][0][1] < 1e-4
 
 
 def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path, monkeypatch):
@@ -598,6 +716,7 @@ BAD_INPUTS = {
     "negative lambda": ({"lam": -0.1}, "--lam"),
     "negative KL": ({"kl_coef": -0.1}, "--kl-coef"),
     "KL target 0": ({"kl_target": 0.0}, "--kl-target"),
+    "KL horizon within a rollout": ({"kl_target": 6.0, "kl_horizon": 10}, "--kl-horizon 10"),
     "KL target without a KL": ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target"),
     "value range 0": ({"cliprange_value": 0.0}, "--cliprange-value"),
     "negative entropy": ({"ent_coef": -1.0}, "--ent-coef"),
