@@ -79,7 +79,7 @@ def main(folders: list[Path]) -> None:
                 axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else None, label=label, **options)
             axes.set(title=title, xlabel="tokens sampled" if curves is DATASET else "step")
             axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
         path = Path(__file__).parent / "curves" / f"{picture}.png"
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=110)

@@ -25,6 +25,7 @@ TINY = {
     },
     "dpo": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
     "reward_model": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
+    "maxent_irl": {"max_steps": 1, "exact_steps": 1},
 }  # fmt: skip
 
 
@@ -94,7 +95,8 @@ def test_help_names_every_flag(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_has_no_side_effects(script, tmp_path):
-    code = "import os, sys, torch.utils.tensorboard; from transformers import AutoModelForCausalLM, LlamaConfig;"
+    code = "import os, sys, gymnasium, torch.utils.tensorboard;"  # these set variables of the environment themselves
+    code += "from transformers import AutoModelForCausalLM, LlamaConfig;"
     code += "sys.argv = ['x', '--nonsense'];"
     code += f"before = dict(os.environ); import {script}; assert dict(os.environ) == before;"
     code += "import torch; assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
@@ -138,7 +140,11 @@ def test_the_readme_explains_exactly_the_tags_that_are_written(script, tmp_path)
     explained = {
         tag for tags, scripts in rows if script in scripts or "all" in scripts for tag in re.findall(r"`([^`]+)`", tags)
     }
-    # A tag with <reward> in it stands for one tag a reward function.
+    # A tag with <reward> in it stands for one tag a reward function, one with <estimator> for two.
+    estimators = {"exact", "sampled"}
+    explained = {
+        tag.replace("<estimator>", name) for tag in explained for name in (estimators if "<estimator>" in tag else [""])
+    }
     rewards = [function.__name__ for function, _ in getattr(module, "REWARDS", ())]
     expanded = {
         tag.replace("<reward>", name.removesuffix("_reward") if tag.startswith("eval/") else name)

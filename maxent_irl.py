@@ -1,0 +1,1384 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0", "safetensors==0.8.0",
+#     "matplotlib==3.11.2", "tqdm==4.70.1",
+# ]
+# ///
+"""Maximum-entropy inverse RL: recover a reward from demonstrations, exactly (with a table) or from samples.
+
+Of all distributions over trajectories with the demonstrator's visits the most random one is exp(r_psi(tau)) / Z; the
+demonstrations' likelihood under it is maximised over psi. Its gradient needs the model's visits. Dynamic programming
+computes them (`exact`), or importance weights estimate them from trajectories of a policy that is trained beside the
+reward, by RL on r_psi - log pi at temperature 1 (`sampled`):
+
+    max_psi E_expert[r_psi(tau)] - log Z(psi),   gradient = E_expert[grad r_psi] - E_model[grad r_psi]
+    E_model[grad r_psi] ~ sum_j w_j grad r_psi(tau_j),   w_j ~ exp(r_psi(tau_j)) / prod_t pi(a_t|s_t),   sum_j w_j = 1
+
+There are two such models, and every figure belongs to one of them. They are equal under deterministic dynamics with one
+start state at gamma 1, and not elsewhere:
+
+    non-causal  p(tau) ~ d(s_0) prod_t P(s_t+1|s_t,a_t) exp(r(tau)). Luck is reweighted too: no policy may reach this.
+                `log_partition`, `importance_weights` and so the sampled estimator. Ziebart et al. 2008, AAAI
+    causal      p(tau) = d(s_0) prod_t P(s_t+1|s_t,a_t) pi(a_t|s_t), pi = exp(Q - V), V = logsumexp_a Q; log Z is V_0.
+                `soft_value_iteration`, the demonstrator, the exact estimator, all evaluation. Ziebart et al. 2010, ICML
+
+The sampled estimator is Guided Cost Learning, Finn, Levine and Abbeel 2016 (arXiv:1603.00448), with a reward for a cost
+and another max-ent RL step: soft Q-learning on tables, an actor-critic with clipped ratios (PPO) in control.
+
+    python maxent_irl.py                                        # laptop: the lecture's grid, both estimators, compared
+    python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
+    python maxent_irl.py --env-id CartPole-v1 --demos CartPole-v1.npz --num-demos 10 --max-steps 100
+    python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9 --max-steps 120   # makes its expert first
+    python maxent_irl.py --resume runs/<run folder>             # goes on exactly where the last checkpoint stood
+
+Shapes: S states, A actions, H horizon; N trajectories (or segments of them), T steps of them, F features of a step,
+K successors. `mask` (N, T) is True where a step was taken. `policy[t]` (S, A) is that of step t.
+
+Deliberately not here: images, several processes, replay buffers, demonstrations in the set of samples (their density
+under the demonstrator is unknown), features that depend on the whole trajectory. See HumanCompatibleAI/imitation.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from gymnasium.spaces import Box, Discrete
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import trange
+
+
+@dataclass
+class Args:
+    """Maximum-entropy inverse RL: recover a reward from demonstrations, exactly (with a table) or from samples."""
+
+    # ---- common to all scripts
+    exp_name: str = Path(__file__).stem
+    """Name of the experiment, a part of the run folder's name."""
+    seed: int = 1
+    """Seed of the data order, the initial weights and the sampler."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is one."""
+    output_dir: str = "runs"
+    """Folder in which the run folder {task}__{exp_name}__{seed}__{unix time} is made."""
+    resume: str | None = None
+    """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
+    save_steps: int = 50
+    """Steps from one checkpoint to the next; one is always saved at the end and on Ctrl-C."""
+
+    # ---- maximum-entropy inverse RL
+    env_id: str | None = None
+    """Gymnasium environment: discrete with a transition table env.unwrapped.P, or with Box observations.
+    None: the lecture's grid."""
+    env_kwargs: str = "{}"
+    """Its keyword arguments, as JSON ('{"is_slippery": false}'); of the lecture's grid: slip."""
+    map_size: int | None = None
+    """FrozenLake: the side of a map that its own generator draws from --seed."""
+    estimator: Literal["exact", "sampled", "both"] | None = None
+    """Dynamic programming, importance-weighted samples, or one after the other.
+    None: both where there is a table, else sampled."""
+    demos: str | None = None
+    """Demonstrations: .npz with obs and act, concatenated over episodes, and lengths; rew where it is known.
+    None: made here, by the soft-optimal policy (table) or a policy trained on the true reward (control)."""
+    num_demos: int | None = None
+    """Episodes of them. None: a file's all; made here, 10 in control, and with a table the expert's exact visits, as if
+    there were infinitely many."""
+    reward_scale: float = 1.0
+    """Times the true reward, for the demonstrator only: its temperature is 1, so it is hardly better than chance for
+    small rewards. A large one (1000) makes it optimal."""
+    expert_steps: int = 150
+    """Policy updates on the true reward by which the demonstrator is made in control."""
+    reward_model: Literal["linear", "neural"] | None = None
+    """A weight for each feature (of a table: for each entry), or two hidden layers (of a table: one).
+    None: linear with a table, neural in control."""
+    reward_inputs: Literal["state_action", "state", "next_state"] | None = None
+    """What the reward sees. next_state (tables only): the state that is reached, in expectation over the dynamics, the
+    choice for --transfer. None: next_state with a table, state_action in control."""
+    hidden_size: int = 64
+    """Units of each hidden layer of reward, policy and value network."""
+    gamma: float | None = None
+    """Discount of soft values, visits and demonstrations alike. None: 1 with a table; 0.99 in control, where it is the
+    actor-critic's only and visits are not discounted."""
+    horizon: int | None = None
+    """H: steps of an episode. None: the environment's time limit, 10 for the lecture's grid."""
+    transfer: str | None = None
+    """Other --env-kwargs, as JSON, under which the learned reward is evaluated too: another slip or map (tables)."""
+    exact_tolerance: float = 1e-4
+    """The exact estimator ends when no reward entry's gradient, a difference of visits, is larger ..."""
+    exact_steps: int = 50
+    """... or after so many times 20 iterations of L-BFGS."""
+    max_steps: int = 300
+    """Iterations of the sampled estimator: trajectories, one step of the reward, one of the policy."""
+    eval_steps: int = 100
+    """Steps from one evaluation to the next; there is always one after training."""
+    eval_episodes: int = 50
+    """Episodes that a return is the mean of, in control (with a table, it is computed)."""
+    num_trajectories: int | None = None
+    """N: trajectories an iteration. None: 512 with a table, 16 in control."""
+    learning_rate: float | None = None
+    """Peak learning rate of the reward (Adam). None: with a table 0.3 (linear) or 0.02 (neural), 1e-3 in control."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rates' decay."""
+    min_lr_rate: float = 0.1
+    """Share of the peak learning rates that the decay reaches exactly at the last step."""
+    reward_l2: float | None = None
+    """Coefficient of the mean squared reward of a step in the reward's loss. None: 0 with a table, 0.01 in control."""
+    fusion_iterations: int = 1
+    """Samples of so many iterations are weighted together; the density under the weights is the mixture of their
+    policies (Finn et al. 2016)."""
+    segment_length: int | None = None
+    """Control: weights are of segments of so many steps; 0: of whole episodes, the formula above. None: 10 in control.
+    The critic says what comes before a segment and after it, as in path consistency learning (arXiv:1702.08892), so
+    that weights are even for the soft-optimal policy. The shorter, the more the policy is trusted to be that."""
+    soft_q_rate: float = 0.5
+    """Step size of soft Q-learning (tables)."""
+    policy_learning_rate: float = 1e-3
+    """Peak learning rate of actor and critic (Adam, eps 1e-5; control)."""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimator (control; arXiv:1506.02438)."""
+    update_epochs: int = 5
+    """Passes over the trajectories in one policy step (control; PPO, arXiv:1707.06347)."""
+    minibatch_size: int = 512
+    """Steps in one gradient step of the policy (control)."""
+    epsilon: float = 0.2
+    """The policy's ratio is clipped to 1 +- epsilon (control; PPO)."""
+    max_grad_norm: float = 0.5
+    """Policy gradients with a larger global norm are scaled down to it (control)."""
+
+
+def bad_input(message: str) -> NoReturn:
+    """Say what is wrong in one sentence and exit with code 2, without a traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- environments and demonstrations ---------------------------------------------------------------------------------
+
+
+LECTURE_GRID = ("C.B.", "..T.", "....", "...M")  # the cat's start, a broom, a bathtub, a piece of meat
+LECTURE_REWARDS = {"M": 100.0, "B": -1.0, "T": -10.0}  # on arrival; the meat ends the episode
+LECTURE_HORIZON = 10
+DENSE_ENTRIES = 10**6  # a larger transition (S, A, S) is kept sparse: it would be mostly zeros
+
+
+def lecture_moves(slip: float = 0.0) -> dict:
+    """The lecture's grid as Gymnasium writes a table, P[state][action] = [(probability, next state, reward, end)].
+    Moves: left, right, up, down; with probability slip any of the four; one that would leave the grid stays."""
+    height, width = len(LECTURE_GRID), len(LECTURE_GRID[0])
+    table: dict = {}
+    for s in range(height * width):
+        y, x = divmod(s, width)
+        reached = [(y, max(x - 1, 0)), (y, min(x + 1, width - 1)), (max(y - 1, 0), x), (min(y + 1, height - 1), x)]
+        cells = [LECTURE_GRID[y][x] for y, x in reached]
+        ends = [(width * y + x, LECTURE_REWARDS.get(cell, 0.0), cell == "M") for (y, x), cell in zip(reached, cells)]
+        table[s] = {a: [(slip / 4 + (1 - slip) * (a == b), *end) for b, end in enumerate(ends)] for a in range(4)}
+    return table
+
+
+def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
+    """A table P as tensors: `transition` and `arrival` (S*A, S), dense or CSR, `reward` (S, A), its mean on arrival in
+    each state `cell_reward` (S,), `initial` (S,), and the picture's `shape`. A move that ends the episode leads out of
+    the table: it is left out of `transition`, whose rows then sum to less than 1, and counts in `arrival`."""
+    S, A = len(moves), len(moves[0])
+    rows, columns, probabilities, rewards, ends = (
+        torch.tensor(x) for x in zip(*(
+            (s * A + a, int(s2), float(p), float(r), bool(end))
+            for s in range(S) for a in range(A) for p, s2, r, end in moves[s][a]
+        ))
+    )  # (moves,)  # fmt: skip
+    probabilities, rewards = probabilities.double(), rewards.double()
+    total = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities)
+    if not torch.allclose(total, torch.ones_like(total)):
+        bad_input(f"--env-id: the probabilities of a move in its table add up to {total.min():.3f}, not to 1")
+
+    def matrix(kept: Tensor) -> Tensor:
+        index, size = torch.stack([rows[kept], columns[kept]]), (S * A, S)
+        coo = torch.sparse_coo_tensor(index, probabilities[kept], size, check_invariants=True).coalesce()
+        return as_matrix(coo.to_dense() if S * A * S <= DENSE_ENTRIES else coo)
+
+    arrivals = torch.zeros(S, dtype=torch.float64).index_add_(0, columns, probabilities)
+    cell_reward = torch.zeros(S, dtype=torch.float64).index_add_(0, columns, probabilities * rewards)
+    return {
+        "transition": matrix(~ends), "arrival": matrix(torch.ones_like(ends)), "initial": initial.double(),
+        "reward": torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities * rewards).view(S, A),
+        "cell_reward": cell_reward / arrivals.clamp(min=1e-12), "shape": shape,
+    }  # fmt: skip
+
+
+def make_env(env_id: str, env_kwargs: dict, map_size: int | None, seed: int) -> gymnasium.Env:
+    """The environment without Gymnasium's checker, which would test every step."""
+    if map_size is not None:
+        if not env_id.startswith("FrozenLake"):
+            bad_input(f"--map-size draws maps of FrozenLake, not of {env_id}")
+        from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+
+        env_kwargs = {"desc": generate_random_map(map_size, seed=seed), **env_kwargs}
+    try:
+        return gymnasium.make(env_id, disable_env_checker=True, **env_kwargs)
+    except Exception as error:  # of whatever kind the environment's own code raises
+        bad_input(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}")
+
+
+def load_table(env_id: str | None, env_kwargs: dict, map_size: int | None, seed: int) -> tuple[dict | None, int | None]:
+    """The environment's transition table, where it has one, and its time limit."""
+    if env_id is None:
+        slip = env_kwargs.get("slip", 0.0)
+        if set(env_kwargs) - {"slip"} or not (isinstance(slip, (int, float)) and 0 <= slip <= 1):
+            bad_input(f"the lecture's grid takes a slip from 0 to 1, not {env_kwargs}; --env-id names another")
+        grid = "".join(LECTURE_GRID)
+        initial = torch.tensor([float(cell == "C") for cell in grid])
+        shape = len(LECTURE_GRID), len(LECTURE_GRID[0])
+        return read_table(lecture_moves(**env_kwargs), initial, shape), LECTURE_HORIZON
+    env = make_env(env_id, env_kwargs, map_size, seed)
+    limit, inner = env.spec.max_episode_steps, env.unwrapped
+    if not (hasattr(inner, "P") and isinstance(env.observation_space, Discrete)):
+        return None, limit
+    S = int(env.observation_space.n)
+    initial = getattr(inner, "initial_state_distrib", None)
+    if initial is None:  # seeds 0 to 999 say where episodes start
+        starts = torch.tensor([int(env.reset(seed=i)[0]) for i in range(1000)])
+        initial = torch.bincount(starts, minlength=S) / len(starts)
+    shape = inner.desc.shape if hasattr(inner, "desc") else getattr(inner, "shape", (1, S))
+    shape = shape if math.prod(shape) == S else (1, S)  # Taxi's map does not show where the passenger is
+    return read_table(inner.P, torch.as_tensor(initial), tuple(shape)), limit
+
+
+def load_demos(
+    path: str, num_demos: int | None, observation_space: gymnasium.Space, action_space: gymnasium.Space
+) -> dict[str, Tensor | None]:
+    """Demonstrations padded to the longest: obs (N, T, ...), act (N, T, ...), mask (N, T), and rew (N, T) or None."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a plain .npy
+        bad_input(f"--demos {path} cannot be read as .npz without pickles: {error}")
+    for key in ("obs", "act", "lengths"):
+        if key not in data:
+            bad_input(f"--demos {path} has no key {key}; it has {sorted(data)}")
+    lengths = data["lengths"]
+    if lengths.ndim != 1 or len(lengths) == 0 or lengths.dtype.kind not in "iu" or lengths.min() < 1:
+        bad_input(f"--demos {path}: lengths must be one positive integer for each episode, not {lengths.dtype} "
+                  f"of shape {lengths.shape}")
+    steps = int(lengths.sum())
+    for key, space in (("obs", observation_space), ("act", action_space), ("rew", None)):
+        if key not in data:
+            continue
+        values, wanted = data[key], (steps, *(() if space is None else space.shape))
+        if values.shape != wanted:
+            bad_input(f"--demos {path}: {key} has shape {values.shape}, wanted {wanted}: lengths add up to {steps}")
+        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+            bad_input(f"--demos {path}: {key} has entries that are no finite numbers")
+        if isinstance(space, Discrete):
+            outside, form = (values < 0) | (values >= space.n) | (values != np.floor(values)), "integers "
+        elif key == "act":
+            outside, form = (values < space.low - 1e-4) | (values > space.high + 1e-4), ""
+        else:
+            continue
+        if outside.any():
+            bad_input(f"--demos {path}: {key} has values from {values.min():.4g} to {values.max():.4g}, "
+                      f"wanted {form}in {space}")
+    if num_demos is not None and num_demos > len(lengths):
+        bad_input(f"--num-demos {num_demos}, but {path} has {len(lengths)} episodes")
+    lengths = torch.from_numpy(lengths.astype(np.int64))
+    padded = {}
+    for key in ("obs", "act", "rew"):
+        episodes = torch.from_numpy(data[key]).split(lengths.tolist())[:num_demos] if key in data else None
+        padded[key] = None if episodes is None else nn.utils.rnn.pad_sequence(episodes, batch_first=True)  # (N, T, ...)
+    lengths = lengths[:num_demos]
+    return {**padded, "mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+
+
+# ---- the mathematics -------------------------------------------------------------------------------------------------
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
+    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
+    last step, if there are at least two steps after the warm-up and it is not constant."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
+    return 1 - (1 - min_lr_rate) * decay
+
+
+def as_matrix(transition: Tensor) -> Tensor:
+    """Transition (S, A, S), or sparse (S*A, S), as a matrix (S*A, S), float64: dense, or CSR (20 x as fast as COO)."""
+    if transition.layout == torch.strided:
+        return transition.reshape(-1, transition.shape[-1]).double()
+    if transition.layout == torch.sparse_csr and transition.dtype == torch.float64:
+        return transition
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+        return transition.double().to_sparse_csr()
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """The transposed matrix, CSR where that was."""
+    return matrix.t() if matrix.layout == torch.strided else matrix.t().to_sparse_csr()
+
+
+def ended_states(reward: Tensor, matrix: Tensor) -> Tensor:
+    """(S, 1), True for states that no action leaves and that have no reward: there the episode has ended and nothing is
+    left to decide. A reward of -log A a step cancels the entropy log A that logsumexp would count for them."""
+    S, A = reward.shape
+    coo = matrix.to_sparse_coo().coalesce()
+    rows, columns = coo.indices()
+    stay = torch.where(rows // A == columns, coo.values(), 0.0)  # (entries,)
+    stay = torch.zeros(S * A, dtype=torch.float64, device=rows.device).index_add_(0, rows, stay).view(S, A)
+    return ((stay > 1 - 1e-9) & (reward == 0)).all(1, keepdim=True)
+
+
+def soft_value_iteration(reward: Tensor, transition: Tensor, gamma: float, horizon: int) -> tuple[Tensor, Tensor]:
+    """The causal model's policy (H, S, A) and values (H+1, S): Q_t = r + gamma P V_t+1, V_t = logsumexp_a Q_t, V_H = 0
+    and pi_t = exp(Q_t - V_t) (Ziebart et al. 2010), in float64 and in logarithms throughout.
+
+    reward (S, A); transition (S, A, S), or sparse (S*A, S). Where a row sums to less than 1, the rest ends the episode:
+    a move to an absorbing state without reward or entropy. Such a state may also stand in the table."""
+    S, A = reward.shape
+    matrix = as_matrix(transition)
+    reward = torch.where(ended_states(reward, matrix), -math.log(A), reward.double())
+    q, values = [], [reward.new_zeros(S)]
+    for _ in range(horizon):
+        q.append(reward + gamma * (matrix @ values[-1]).view(S, A))  # (S, A)
+        values.append(q[-1].logsumexp(1))  # (S,)
+    values = torch.stack(values[::-1])  # (H+1, S)
+    return (torch.stack(q[::-1]) - values[:-1, :, None]).exp(), values
+
+
+def occupancy(policy: Tensor, transition: Tensor, initial: Tensor, gamma: float) -> Tensor:
+    """Visits (S, A) of a policy (H, S, A) from d = initial (S,): sum_t gamma^t P(s_t = s, a_t = a) over H steps."""
+    backward = transposed(as_matrix(transition))  # (S, S*A)
+    visits, state = torch.zeros_like(policy[0]), initial.double()
+    for t in range(len(policy)):
+        visited = policy[t] * state[:, None]  # (S, A)
+        visits = visits + gamma**t * visited
+        state = backward @ visited.flatten()  # (S,)
+    return visits
+
+
+def soft_visits(
+    reward: Tensor, transition: Tensor, initial: Tensor, gamma: float, horizon: int
+) -> tuple[Tensor, Tensor]:
+    """Visits (S, A) of the soft-optimal policy, and its soft value from d = initial (S,): the gradient and the value of
+    the causal model's log Z. The policy is computed again, step by step, from the values: (H, S, A) is never held."""
+    S, A = reward.shape
+    matrix = as_matrix(transition)
+    backward = transposed(matrix)  # (S, S*A)
+    reward = torch.where(ended_states(reward, matrix), -math.log(A), reward.double())
+    values = [reward.new_zeros(S)]
+    for _ in range(horizon):
+        values.append((reward + gamma * (matrix @ values[-1]).view(S, A)).logsumexp(1))  # (S,)
+    visits, state = torch.zeros_like(reward), initial.double()
+    for t in range(horizon):
+        q = reward + gamma * (matrix @ values[-2 - t]).view(S, A)  # (S, A)
+        visited = (q - values[-1 - t][:, None]).exp_() * state[:, None]  # (S, A)
+        visits.add_(visited, alpha=gamma**t)
+        state = backward @ visited.flatten()  # (S,)
+    return visits, initial.double() @ values[-1]
+
+
+def successors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row of (S*A, S) its next states and the logarithms of their probabilities (S*A, K), filled up with
+    probability 0; the last column is the end, the state S."""
+    coo = matrix.to_sparse_coo().coalesce()
+    (rows, columns), probabilities = coo.indices(), coo.values()
+    counts = torch.bincount(rows, minlength=matrix.shape[0])  # (S*A,)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    shape = (matrix.shape[0], int(counts.max()) + 1)
+    states = torch.full(shape, matrix.shape[1], device=rows.device)  # (S*A, K)
+    logprobs = torch.full(shape, -torch.inf, dtype=torch.float64, device=rows.device)  # (S*A, K)
+    states[rows, place], logprobs[rows, place] = columns, probabilities.log()
+    end = 1 - torch.zeros_like(logprobs[:, 0]).index_add_(0, rows, probabilities)  # (S*A,)
+    logprobs[:, -1] = torch.where(end > 1e-6, end, 0.0).log()  # less is the rounding of a table in fp32
+    return states, logprobs
+
+
+def log_partition(
+    reward: Tensor, transition: Tensor, initial: Tensor, horizon: int, gamma: float = 1.0
+) -> Tensor:
+    """log Z of the non-causal model: the sum over all trajectories of d(s_0) prod_t P(s_t+1|s_t,a_t) exp(gamma^t r_t)
+    (Ziebart et al. 2008), in logarithms. Its gradient with respect to the reward (S, A) are the model's visits.
+    transition and ends of episodes as in soft_value_iteration."""
+    S, A = reward.shape
+    matrix = as_matrix(transition)
+    states, logprobs = successors(matrix)  # (S*A, K)
+    reward, ended = reward.double(), ended_states(reward, matrix)
+    log_z = reward.new_zeros(S)
+    for t in reversed(range(horizon)):
+        following = (logprobs + F.pad(log_z, (0, 1))[states]).logsumexp(1).view(S, A)  # (S, A); an end adds log 1
+        log_z = (torch.where(ended, -math.log(A), gamma**t * reward) + following).logsumexp(1)  # (S,)
+    return (initial.double().log() + log_z).logsumexp(0)
+
+
+def importance_weights(returns: Tensor, logprobs: Tensor) -> Tensor:
+    """Self-normalised weights (N,) of trajectories drawn with log-probability logprobs (N,), summed over time, towards
+    the non-causal model: softmax_j(r(tau_j) - log pi(tau_j)). Dynamics cancel; so does a constant in the reward."""
+    return (returns - logprobs).softmax(0)
+
+
+def remember(replay: Tensor, transitions: Tensor) -> Tensor:
+    """A replay memory (u, 2), distinct transitions (s * A + a) * (S + 1) + s' with how often they were seen, after the
+    transitions (n,) were seen too."""
+    keys, place = torch.unique(torch.cat([replay[:, 0], transitions]), return_inverse=True)
+    counts = torch.cat([replay[:, 1], torch.ones_like(transitions)])
+    return torch.stack([keys, torch.zeros_like(keys).index_add_(0, place, counts)], 1)
+
+
+def soft_q_step(q: Tensor, reward: Tensor, replay: Tensor, gamma: float, rate: float) -> Tensor:
+    """Soft Q-learning on a replay memory (u, 2): Q_t(s, a) moves towards the mean of r + gamma V_t+1(s'), from the last
+    step t to the first, so that what a step learned is used for the one before it. Dynamics are the same at every step:
+    each transition teaches all of them, under the newest reward, or an action that was once worse would never be tried
+    again. s' = S is an end. Returns the new Q (H, S, A)."""
+    q, (H, S, A) = q.clone(), q.shape
+    rows, columns = replay[:, 0] // (S + 1), replay[:, 0] % (S + 1)  # (u,)
+    counts = torch.bincount(rows, replay[:, 1].double(), S * A)  # (S*A,)
+    share = replay[:, 1] / counts[rows]  # (u,)
+    value = q.new_zeros(S + 1)  # after the last step, and after an end
+    for t in reversed(range(H)):
+        following = torch.bincount(rows, share * value[columns], S * A).view(S, A)
+        q[t] += torch.where(counts.view(S, A) > 0, rate * (reward + gamma * following - q[t]), 0.0)
+        value[:S] = q[t].logsumexp(1)
+    return q
+
+
+# ---- reward and policy -----------------------------------------------------------------------------------------------
+
+
+class TableReward(nn.Module):
+    """A reward (S, outputs) of a table: an entry for each state, or for each state and action (outputs = A).
+
+    linear: entries are weights over the root of the expert's visits (S, outputs), + 0.1: the curvature of log Z grows
+    with the visits, and L-BFGS needs a third of the iterations. neural: one hidden layer over the one-hot state."""
+
+    def __init__(self, model: str, visits: Tensor, hidden_size: int) -> None:
+        super().__init__()
+        S, outputs = visits.shape
+        self.register_buffer("scale", (visits.double() + 0.1) ** -0.5)
+        self.body = None
+        if model == "linear":
+            self.weight = nn.Parameter(torch.zeros(S, outputs, dtype=torch.float64))
+        else:
+            self.weight = nn.Parameter(torch.randn(S, hidden_size, dtype=torch.float64))
+            self.body = nn.Sequential(nn.Tanh(), nn.Linear(hidden_size, outputs)).double()
+
+    def forward(self) -> Tensor:
+        return self.weight * self.scale if self.body is None else self.body(self.weight)
+
+
+def reward_of_table(entries: Tensor, inputs: str, arrival: Tensor, num_actions: int) -> Tensor:
+    """The reward (S, A) from entries (S, 1) or (S, A). For next_state it is their mean over the states that a move may
+    lead to: linear in the entries, a function of state and action, and under other dynamics another one."""
+    if inputs == "next_state":
+        return (arrival @ entries[:, 0]).view(-1, num_actions)
+    return entries.expand(-1, num_actions)
+
+
+def mlp(inputs: int, outputs: int, hidden_size: int, scale: float) -> nn.Sequential:
+    """Two hidden layers of tanh; the last layer's weights are scaled down, so that a policy starts almost uniform."""
+    layers = [nn.Linear(inputs, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, outputs)]
+    with torch.no_grad():
+        layers[-1].weight.mul_(scale)
+        layers[-1].bias.zero_()
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+class ActorCritic(nn.Module):
+    """Separate networks; the actor's outputs are logits (Discrete), or means and log standard deviations (Box)."""
+
+    def __init__(self, num_inputs: int, action_space: gymnasium.Space, hidden_size: int) -> None:
+        super().__init__()
+        self.discrete = isinstance(action_space, Discrete)
+        outputs = int(action_space.n) if self.discrete else 2 * math.prod(action_space.shape)
+        self.actor = mlp(num_inputs, outputs, hidden_size, 0.01)
+        self.critic = mlp(num_inputs, 1, hidden_size, 1.0)
+
+
+LOG_STD_RANGE = (-5.0, 2.0)  # of Gaussians before tanh, as in SAC (Haarnoja et al. 2018), whose lower bound is -20
+
+
+def action_logprobs(outputs: Tensor, actions: Tensor, discrete: bool) -> Tensor:
+    """log pi(a|s) (...) of an index; or of tanh(u), whose u (..., D) is stored, as tanh's inverse would lose it.
+    A squashed action has a largest entropy, log 2 a dimension; for a clipped one the variance would grow for ever."""
+    if discrete:
+        return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+    mean, log_std = outputs.chunk(2, -1)
+    log_std = log_std.clamp(*LOG_STD_RANGE)
+    normal = -0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (normal - 2 * (math.log(2) - actions - F.softplus(-2 * actions))).sum(-1)  # log tanh'(u), stable
+
+
+def choose_actions(outputs: Tensor, discrete: bool, mode: str, generator: torch.Generator) -> Tensor:
+    """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"); of a Box as u of tanh(u)."""
+    if discrete:
+        if mode == "greedy":
+            return outputs.argmax(-1)
+        weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
+        return torch.multinomial(weights, 1, generator=generator)[:, 0]
+    mean, log_std = outputs.chunk(2, -1)
+    if mode == "uniform":
+        return (2 * torch.rand(mean.shape, generator=generator) - 1).clamp(-0.999, 0.999).atanh()
+    noise = torch.randn(mean.shape, generator=generator) if mode == "sample" else 0.0
+    return mean + log_std.clamp(*LOG_STD_RANGE).exp() * noise
+
+
+OBSERVATION_RANGE = 10.0  # of normalised observations, as in OpenAI's baselines
+
+
+def normalise(obs: Tensor, statistics: Tensor) -> Tensor:
+    """Observations by the mean and standard deviation that expert, policy and reward share; statistics (2, D)."""
+    return ((obs - statistics[0]) / statistics[1]).clamp(-OBSERVATION_RANGE, OBSERVATION_RANGE).float()
+
+
+def step_features(obs: Tensor, actions: Tensor, inputs: str, num_actions: int | None) -> Tensor:
+    """What the reward sees of steps: normalised observations (..., D), and with them indices as one-hot vectors
+    (num_actions), or actions in [-1, 1]."""
+    if inputs == "state":
+        return obs
+    actions = F.one_hot(actions, num_actions).float() if num_actions else actions.float()
+    return torch.cat([obs, actions], -1)  # (..., F)
+
+
+def gae_episodic(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (S, N) of S steps of N environments (Schulman et al. 2016, eq. 16). next_values are of the
+    observation before any reset: after the last step of a truncated episode there would have been more, after that of a
+    terminated one there is nothing. No advantage looks past the end of its episode."""
+    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
+        following = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, following)
+        advantages[t] = following
+    return advantages, advantages + values
+
+
+def actor_critic_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, returns: Tensor, epsilon: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss (PPO) and half the squared error of the values, each (b,). No entropy bonus: the entropy
+    is in the rewards."""
+    ratio = (logprobs - old_logprobs).exp()
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages).mean()
+    value_loss = 0.5 * (values - returns).square().mean()
+    stats = {"losses/policy_loss": policy_loss.detach(), "losses/value_loss": value_loss.detach()}
+    return policy_loss + value_loss, stats
+
+
+# ---- trajectories ----------------------------------------------------------------------------------------------------
+
+
+def sample_table(
+    policy: Tensor, successor_states: Tensor, successor_logprobs: Tensor, initial: Tensor, count: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Trajectories of a policy (H, S, A) in a table: obs, next_obs, act, logprobs and mask, each (N, H)."""
+    H, S, A = policy.shape
+    state = torch.multinomial(initial, count, True, generator=generator)  # (N,)
+    obs, next_obs, act = (torch.zeros(count, H, dtype=torch.long) for _ in range(3))  # (N, H)
+    logprobs = torch.zeros(count, H, dtype=torch.float64)  # (N, H)
+    mask = torch.zeros(count, H, dtype=torch.bool)  # (N, H)
+    for t in range(H):
+        live = (state < S).nonzero()[:, 0]  # (n,)
+        if len(live) == 0:
+            break
+        probabilities = policy[t, state[live]]  # (n, A)
+        action = torch.multinomial(probabilities, 1, generator=generator)  # (n, 1)
+        obs[live, t], act[live, t], mask[live, t] = state[live], action[:, 0], True
+        logprobs[live, t] = probabilities.gather(1, action)[:, 0].log()
+        row = state[live] * A + action[:, 0]
+        place = torch.multinomial(successor_logprobs[row].exp(), 1, generator=generator)  # (n, 1)
+        state[live] = next_obs[live, t] = successor_states[row].gather(1, place)[:, 0]
+    return {"obs": obs, "next_obs": next_obs, "act": act, "logprobs": logprobs, "mask": mask}
+
+
+def visit_counts(states: Tensor, actions: Tensor, mask: Tensor, gamma: float, shape: tuple[int, int]) -> Tensor:
+    """Mean visits (S, A) of trajectories (N, T), discounted as those of occupancy."""
+    discounts = gamma ** torch.arange(mask.shape[1], dtype=torch.float64) * mask  # (N, T)
+    index = (states * shape[1] + actions).flatten()
+    return torch.bincount(index, discounts.flatten(), math.prod(shape)).view(shape) / len(mask)
+
+
+@torch.no_grad()
+def sample_control(
+    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, first_seed: int, mode: str,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """One episode in each environment: obs and next_obs (N, T, D), raw; act (N, T) or (N, T, D); logprobs, stored when
+    acting; true rew, mask, terminated and truncated (N, T). Environment n starts from seed first_seed + n: no
+    environment keeps a state between calls. An episode that is cut off at the horizon is truncated."""
+    N, space, device = len(envs), envs[0].action_space, statistics.device
+    obs = np.stack([env.reset(seed=first_seed + n)[0] for n, env in enumerate(envs)]).astype(np.float32)  # (N, D)
+    live, steps = np.arange(N), []
+    for t in range(horizon):
+        inputs = normalise(torch.from_numpy(obs[live]).to(device), statistics)
+        outputs = policy.actor(inputs).cpu()
+        actions = choose_actions(outputs, policy.discrete, mode, generator)  # (n,) or (n, D)
+        to_env = actions if policy.discrete else space_actions(actions.tanh(), space)
+        step = {
+            "obs": torch.zeros(N, *obs.shape[1:]), "next_obs": torch.zeros(N, *obs.shape[1:]),
+            "act": actions.new_zeros(N, *actions.shape[1:]), "logprobs": torch.zeros(N), "rew": torch.zeros(N),
+            **{name: torch.zeros(N, dtype=torch.bool) for name in ("mask", "terminated", "truncated")},
+        }  # fmt: skip
+        step["obs"][live], step["mask"][live] = torch.from_numpy(obs[live]), True
+        step["act"][live], step["logprobs"][live] = actions, action_logprobs(outputs, actions, policy.discrete)
+        for n, action in zip(live, to_env.numpy()):
+            obs[n], step["rew"][n], terminated, truncated, _ = envs[n].step(action)
+            step["terminated"][n] = bool(terminated)
+            step["truncated"][n] = bool(truncated or t == horizon - 1) and not terminated
+        step["next_obs"][live] = torch.from_numpy(obs[live])
+        if not np.isfinite(obs[live]).all():
+            bad_input(f"--env-id: an observation of the environment is not finite in step {t + 1} of an episode")
+        live = live[~(step["terminated"] | step["truncated"])[live].numpy()]
+        steps.append(step)
+        if len(live) == 0:
+            break
+    return {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}
+
+
+def space_actions(squashed: Tensor, space: Box) -> Tensor:
+    """Actions of the space from actions in [-1, 1]."""
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return low + (squashed + 1) / 2 * (high - low)
+
+
+def unit_actions(actions: Tensor, space: Box) -> Tensor:
+    """The inverse of space_actions."""
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return ((actions - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
+
+
+def policy_step(
+    policy: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], rewards: Tensor,
+    statistics: Tensor, gamma: float, gae_lambda: float, epochs: int, minibatch_size: int, epsilon: float,
+    max_grad_norm: float, generator: torch.Generator,
+) -> dict[str, float]:
+    """One step of max-ent RL at temperature 1 on the trajectories (N, T): the actor-critic's rewards are r - log pi."""
+    device, mask = statistics.device, batch["mask"]
+    obs, next_obs = (normalise(batch[name].to(device), statistics) for name in ("obs", "next_obs"))  # (N, T, D)
+    with torch.no_grad():
+        values, next_values = (policy.critic(x)[..., 0].cpu() for x in (obs, next_obs))  # (N, T)
+    rewards = torch.where(mask, rewards - batch["logprobs"], 0.0)  # (N, T)
+    columns = (rewards, values, next_values, batch["terminated"], batch["truncated"])
+    advantages, returns = (x.t() for x in gae_episodic(*(x.t() for x in columns), gamma, gae_lambda))  # (N, T)
+    explained = 1 - (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+    data = [x[mask].to(device) for x in (obs.cpu(), batch["act"], batch["logprobs"], advantages, returns)]
+    sums, count = {}, 0
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data[0]), generator=generator).split(minibatch_size):
+            if len(rows) < 2:
+                continue  # one advantage has no standard deviation
+            mb_obs, mb_act, mb_logprobs, mb_advantages, mb_returns = (x[rows.to(device)] for x in data)
+            logprobs = action_logprobs(policy.actor(mb_obs), mb_act, policy.discrete)  # (b,)
+            loss, stats = actor_critic_loss(
+                logprobs, mb_logprobs, mb_advantages, policy.critic(mb_obs)[:, 0], mb_returns, epsilon
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+            optimizer.step()
+            count += 1
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+    means = {name: total / count for name, total in sums.items()}
+    return {**means, "losses/explained_variance": explained.item()}
+
+
+def join_batches(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Trajectories of several iterations as one batch, filled up with zeros to the longest."""
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(batch["mask"].shape[1] for batch in batches)
+    return {
+        name: torch.cat([
+            torch.cat([x[name], x[name].new_zeros(len(x[name]), longest - x[name].shape[1], *x[name].shape[2:])], 1)
+            for x in batches
+        ])
+        for name in batches[0]
+    }  # fmt: skip
+
+
+def split_segments(x: Tensor, length: int) -> Tensor:
+    """(N, T, ...) -> (segments, length, ...), the last one of each trajectory filled up with zeros."""
+    x = torch.cat([x, x.new_zeros(len(x), -x.shape[1] % length, *x.shape[2:])], 1)
+    return x.reshape(-1, length, *x.shape[2:])
+
+
+def table_demonstrations(
+    table: dict, path: str | None, num_demos: int | None, reward_scale: float, gamma: float, horizon: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Visits (S, A) to learn from, and the expert's own: they differ where num_demos episodes are drawn from it."""
+    S, A = table["reward"].shape
+    if path is not None:
+        demos = load_demos(path, num_demos, Discrete(S), Discrete(A))
+        obs, act, mask = demos["obs"].long(), demos["act"].long(), demos["mask"]
+        if mask.shape[1] > horizon:
+            bad_input(f"--demos {path} has an episode of {mask.shape[1]} steps, and --horizon is {horizon}")
+        visits = visit_counts(obs, act, mask, gamma, (S, A))
+        return visits, visits
+    visits, _ = soft_visits(reward_scale * table["reward"], table["transition"], table["initial"], gamma, horizon)
+    if num_demos is None:
+        return visits, visits
+    policy, _ = soft_value_iteration(reward_scale * table["reward"], table["transition"], gamma, horizon)
+    generator = torch.Generator().manual_seed(seed)
+    demos = sample_table(policy, *successors(table["transition"]), table["initial"], num_demos, generator)
+    return visit_counts(demos["obs"], demos["act"], demos["mask"], gamma, (S, A)), visits
+
+
+def train_expert(
+    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, reward_scale: float, steps: int,
+    learning_rate: float, first_seed: int, generator: torch.Generator, **policy_flags,
+) -> None:
+    """Train the policy by the same max-ent RL algorithm on the true reward, times reward_scale."""
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, eps=1e-5)
+    bar = trange(steps, desc="expert")
+    for step in bar:
+        seed = first_seed + step * len(envs)
+        batch = sample_control(envs, policy, statistics, horizon, seed, "sample", generator)
+        rewards = reward_scale * batch["rew"]
+        policy_step(policy, optimizer, batch, rewards, statistics, generator=generator, **policy_flags)
+        bar.set_postfix_str(f"return {batch['rew'].sum(1).mean():.1f}")
+
+
+def save_demos(path: Path, batches: list[dict[str, Tensor]], action_space: gymnasium.Space) -> None:
+    """Episodes in the format of --demos."""
+    batch = join_batches(batches)
+    mask = batch["mask"]
+    act = batch["act"] if isinstance(action_space, Discrete) else space_actions(batch["act"].tanh(), action_space)
+    columns = {"obs": batch["obs"], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
+    np.savez(path, lengths=mask.sum(1).numpy(), **{name: x[mask].numpy() for name, x in columns.items()})
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+HARD = 1e5  # times a reward: its soft-optimal policy is then the optimal one, ties evenly split
+DIAGNOSTIC_ENTRIES = 10**6  # S*A*H up to which the non-causal model is solved for diagnostics: autograd keeps each step
+
+
+def noncausal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
+    """Visits (S, A) of the non-causal model: the gradient of its log Z."""
+    reward = reward.detach().requires_grad_()
+    log_z = log_partition(reward, table["transition"], table["initial"], horizon, gamma)
+    return torch.autograd.grad(log_z, reward)[0]
+
+
+def causal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
+    """Visits (S, A) of the causal model: those of the soft-optimal policy."""
+    return soft_visits(reward, table["transition"], table["initial"], gamma, horizon)[0]
+
+
+@torch.no_grad()
+def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: float, horizon: int) -> dict[str, float]:
+    """How good, under the true reward, the policies are that are optimal for a learned reward (S, A): the soft-optimal
+    one (temperature 1, the model's own) beside the expert, and the optimal one beside the best possible."""
+    true_reward = table["reward"]
+    uniform = torch.full_like(true_reward, 1 / true_reward.shape[1]).expand(horizon, -1, -1)  # (H, S, A)
+    visits = {
+        "expert": expert_visits, "random": occupancy(uniform, table["transition"], table["initial"], gamma),
+        **{name: causal_visits(r, table, gamma, horizon)
+           for name, r in {"soft": reward, "hard": HARD * reward, "best": HARD * true_reward}.items()},
+    }  # fmt: skip
+    returns = {name: (x * true_reward).sum().item() for name, x in visits.items()}
+    margin = returns["expert"] - returns["random"]
+    return {
+        "expert_return": returns["expert"], "random_return": returns["random"], "return": returns["soft"],
+        "expected_value_difference": returns["expert"] - returns["soft"],
+        "normalized_score": (returns["soft"] - returns["random"]) / margin if margin else math.nan,
+        "optimal_value_difference": returns["best"] - returns["hard"],
+        "occupancy_gap": (visits["soft"] - expert_visits).sum(1).abs().max().item(),
+        "reward_correlation": torch.stack([reward, true_reward]).flatten(1).corrcoef()[0, 1].item(),
+    }
+
+
+def draw_maps(panels: dict[str, Tensor], shape: tuple[int, int]) -> Figure:
+    """Maps (S,) of a table's states side by side: rewards and visits."""
+    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        image = axes.imshow(values.reshape(shape).numpy(), cmap="viridis", aspect="auto" if 1 in shape else "equal")
+        axes.set(title=title, xticks=[], yticks=[])
+        figure.colorbar(image, ax=axes, shrink=0.7)
+    return figure
+
+
+# ---- saving, resuming, running ---------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Written aside, flushed to the disk, then renamed: neither a kill nor a full disk harms the last checkpoint."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
+    os.replace(aside, path)
+
+
+def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """Sum (or another operation) over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
+    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+    if not main_process:
+        return run_dir, None
+    if args.resume is not None:
+        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
+    flags = asdict(args)
+    (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
+    writer = SummaryWriter(run_dir)
+    rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
+    writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
+    return run_dir, writer
+
+
+def load_run(args: Args) -> tuple[Args, dict]:
+    """The flags and the last checkpoint of the run folder --resume."""
+    folder = Path(args.resume)
+    if not (folder / "args.json").is_file() or not (folder / "checkpoint.pt").is_file():
+        bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        script, flags = saved["script"], {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
+        saved_args = Args(**{**flags, "resume": args.resume})
+    except (ValueError, KeyError, TypeError) as error:
+        bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
+    if script != Path(__file__).name:
+        bad_input(f"--resume {folder} is a run of {script}, not of {Path(__file__).name}")
+    for name in (f.name for f in fields(Args) if f.name != "resume"):
+        if getattr(args, name) != getattr(Args(), name):
+            bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
+    try:
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises one of many kinds
+        bad_input(f"--resume {folder}: checkpoint.pt cannot be read ({error})")
+    return saved_args, state
+
+
+def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
+    """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
+    for name in positive:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in not_negative:
+        if getattr(args, name) < 0:
+            bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file."""
+    try:
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+    except (OSError, SafetensorError) as error:
+        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device of the networks. Tables and environments stay on the CPU: their steps are many and small."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        bad_input("--device cuda, but torch sees no CUDA device")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_irl_args(args: Args) -> tuple[dict, dict | None]:
+    """Whatever the flags alone show to be wrong; --env-kwargs and --transfer as objects."""
+    check_ranges(
+        args, ["save_steps", "map_size", "num_demos", "reward_scale", "hidden_size", "horizon", "exact_tolerance",
+               "exact_steps", "max_steps", "eval_steps", "eval_episodes", "num_trajectories", "learning_rate",
+               "fusion_iterations", "soft_q_rate", "policy_learning_rate", "update_epochs",
+               "minibatch_size", "epsilon", "max_grad_norm", "expert_steps"],
+        ["min_lr_rate", "gae_lambda"],
+    )
+    if args.gamma is not None and not 0 < args.gamma <= 1:
+        bad_input(f"--gamma must be in (0, 1], not {args.gamma}")
+    if args.gae_lambda > 1 or args.soft_q_rate > 1:
+        bad_input(f"--gae-lambda {args.gae_lambda} and --soft-q-rate {args.soft_q_rate} must be at most 1")
+    for flag, value in (("--reward-l2", args.reward_l2), ("--segment-length", args.segment_length)):
+        if value is not None and value < 0:
+            bad_input(f"{flag} must not be negative, but is {value}")
+    parsed = []
+    for flag, text in (("--env-kwargs", args.env_kwargs), ("--transfer", args.transfer)):
+        try:
+            parsed.append(None if text is None else json.loads(text))
+        except ValueError as error:
+            bad_input(f"{flag} {text} is not JSON ({error})")
+        if not isinstance(parsed[-1], (dict, type(None))):
+            bad_input(f"{flag} {text} is not a JSON object")
+    return parsed[0] or {}, parsed[1]
+
+
+
+
+def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
+    """Spaces that the networks can take."""
+    if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
+        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a Box of one dimension, or a table")
+    bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+    if not isinstance(action_space, Discrete) and not bounded:
+        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete or a bounded Box of one dimension")
+
+
+LBFGS_ITERATIONS, LBFGS_HISTORY = 20, 100  # between two looks at the gradient; a history of 100 halves their number
+# Seeds of the environments' episodes; those of training count from 0.
+EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
+    # ---- set-up: whatever is wrong with flags, environment or data is said before anything is written
+    start_time, state = time.time(), None
+    if args.resume is not None:
+        args, state = load_run(args)
+    device = choose_device(args)
+    env_kwargs, transfer = check_irl_args(args)
+    table, limit = load_table(args.env_id, env_kwargs, args.map_size, args.seed)
+    horizon = args.horizon or limit
+    if horizon is None:
+        bad_input(f"--env-id {args.env_id} has no time limit: --horizon must say how long an episode is")
+    estimator = args.estimator or ("both" if table else "sampled")
+    inputs = args.reward_inputs or ("next_state" if table else "state_action")
+    if table is None and (estimator != "sampled" or transfer is not None or inputs == "next_state"):
+        flag = f"--estimator {estimator}" if estimator != "sampled" else "--transfer and --reward-inputs next_state"
+        bad_input(f"{flag} cannot do without a transition table, and {args.env_id} has no env.unwrapped.P")
+    segment_length = args.segment_length if args.segment_length is not None else (0 if table else 10)
+    if table is not None and segment_length:
+        bad_input("--segment-length is for control: with a table, whole episodes are weighted")
+    reward_model = args.reward_model or ("linear" if table else "neural")
+    gamma = args.gamma or (1.0 if table else 0.99)
+    N = args.num_trajectories or (512 if table else 16)
+    peak_lr = args.learning_rate or ((0.3 if reward_model == "linear" else 0.02) if table else 1e-3)
+    reward_l2 = args.reward_l2 if args.reward_l2 is not None else (0.0 if table else 0.01)
+    max_steps = args.max_steps if estimator != "exact" else 0
+    exact_steps = args.exact_steps if estimator != "sampled" else 0
+    generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of the networks
+    if table is not None:
+        target_visits, expert_visits = table_demonstrations(
+            table, args.demos, args.num_demos, args.reward_scale, gamma, horizon, args.seed
+        )
+        other = None
+        if transfer is not None:
+            other, _ = load_table(args.env_id, {**env_kwargs, **transfer}, args.map_size, args.seed)
+            if other["reward"].shape != table["reward"].shape:
+                bad_input(f"--transfer {args.transfer} has {len(other['reward'])} states, not {len(table['reward'])}")
+    else:
+        envs = [make_env(args.env_id, env_kwargs, args.map_size, args.seed) for _ in range(N)]
+        spaces = envs[0].observation_space, envs[0].action_space
+        check_spaces(args.env_id, *spaces)
+        demos = load_demos(args.demos, args.num_demos, *spaces) if args.demos is not None else None
+    run_dir, writer = open_run(
+        args, args.env_id or "lecture", max(state["exact_step"], state["step"]) if state else 0, device
+    )
+
+    # ---- tables: reward, policy, and what the loop does with them
+    if table is not None:
+        S, A = table["reward"].shape
+        seen = (
+            (transposed(table["arrival"]) @ target_visits.flatten())[:, None] if inputs == "next_state"
+            else target_visits if inputs == "state_action" else target_visits.sum(1, keepdim=True)
+        )  # (S, outputs): how often the demonstrations show each entry
+        reward, exact_reward = (TableReward(reward_model, seen, args.hidden_size) for _ in range(2))
+        exact_reward.load_state_dict(reward.state_dict())
+        # Q starts at what it is without a reward, the entropy log A of each later step: at 0, whatever was tried first
+        # would look better than the rest
+        left = torch.tensor([sum(gamma**k for k in range(1, horizon - t)) for t in range(horizon)])  # (H,)
+        policy = math.log(A) * left.double()[:, None, None].repeat(1, S, A) if max_steps else left  # (H, S, A)
+        policy_state, policy_optimizer = {"q": policy}, None
+        next_states, next_logprobs = successors(table["transition"])  # (S*A, K)
+        discounts = gamma ** torch.arange(horizon, dtype=torch.float64)  # (H,)
+        solved = S * A * horizon <= DIAGNOSTIC_ENTRIES
+
+        def rollout(step: int) -> dict[str, Tensor]:
+            return sample_table(policy.softmax(2), next_states, next_logprobs, table["initial"], N, generator)
+
+        def learned_reward() -> Tensor:
+            return reward_of_table(reward(), inputs, table["arrival"], A)  # (S, A)
+
+        def expert_mean_return() -> Tensor:
+            return (target_visits * learned_reward()).sum()
+
+        def step_rewards(batch: dict[str, Tensor]) -> Tensor:
+            return learned_reward()[batch["obs"], batch["act"]] * discounts  # (N, H)
+
+        def penalty(rewards: Tensor) -> Tensor:
+            return reward().square().sum()
+
+        def logprobs_under(stored: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+            steps = torch.arange(horizon)
+            logprobs = stored["q"][steps, batch["obs"]].log_softmax(2)  # (N, H, A)
+            return logprobs.gather(2, batch["act"][..., None])[..., 0]  # (N, H)
+
+        def policy_update(batch: dict[str, Tensor], lr_share: float) -> dict[str, float]:
+            states, actions, arrived = (batch[name][batch["mask"]] for name in ("obs", "act", "next_obs"))  # (n,)
+            memory["replay"] = remember(memory["replay"], (states * A + actions) * (S + 1) + arrived)
+            policy.copy_(soft_q_step(policy, learned_reward(), memory["replay"], gamma, args.soft_q_rate))
+            return {}
+
+        def exact_gradient() -> Tensor:
+            """What the loss's gradient with respect to psi would be with the exact visits of the non-causal model."""
+            rewards = learned_reward()
+            difference = noncausal_visits(rewards, table, gamma, horizon) - target_visits  # (S, A)
+            exact_loss = (rewards * difference).sum() + reward_l2 * penalty(rewards)
+            return torch.cat([x.flatten() for x in torch.autograd.grad(exact_loss, list(reward.parameters()))])
+
+        def true_returns(batch: dict[str, Tensor]) -> Tensor:
+            return (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum(1)  # (N,)
+
+        def evaluate(module: nn.Module) -> dict[str, float]:
+            with torch.no_grad():
+                learned = reward_of_table(module(), inputs, table["arrival"], A)
+                results = evaluate_table(learned, table, expert_visits, gamma, horizon)
+                if other is not None:
+                    learned = reward_of_table(module(), inputs, other["arrival"], A)
+                    visits = causal_visits(args.reward_scale * other["reward"], other, gamma, horizon)
+                    moved = evaluate_table(learned, other, visits, gamma, horizon)
+                    results |= {f"transfer/{name}": value for name, value in moved.items()}
+            return results
+
+    # ---- control: demonstrations, normaliser, reward, policy, and what the loop does with them
+    else:
+        actions = int(spaces[1].n) if isinstance(spaces[1], Discrete) else None
+        D = spaces[0].shape[0]
+        update = {
+            "gamma": gamma, "gae_lambda": args.gae_lambda, "epochs": args.update_epochs, "epsilon": args.epsilon,
+            "minibatch_size": args.minibatch_size, "max_grad_norm": args.max_grad_norm,
+        }
+        policy = ActorCritic(D, spaces[1], args.hidden_size).to(device)
+
+        def episodes(count: int, model: ActorCritic, first_seed: int, mode: str) -> list[dict[str, Tensor]]:
+            parts = [(start, envs[: count - start]) for start in range(0, count, N)]
+            seeded = torch.Generator().manual_seed(args.seed)
+            return [
+                sample_control(part, model, statistics, horizon, first_seed + start, mode, seeded)
+                for start, part in parts
+            ]
+
+        statistics = torch.stack([torch.zeros(D), torch.ones(D)]).to(device)  # (2, D)
+        uniform = episodes(args.eval_episodes, policy, args.seed * 10**9 + UNIFORM_SEEDS, "uniform")
+        seen = torch.cat([batch["obs"][batch["mask"]] for batch in uniform])  # (steps, D)
+        random_return = torch.cat([batch["rew"].sum(1) for batch in uniform]).mean().item()
+        statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
+        if demos is None:
+            if args.resume is None:
+                expert = ActorCritic(D, spaces[1], args.hidden_size).to(device)
+                train_expert(
+                    envs, expert, statistics, horizon, args.reward_scale, args.expert_steps, args.policy_learning_rate,
+                    args.seed * 10**9 + EXPERT_SEEDS, generator, **update,
+                )
+                made = episodes(args.num_demos or 10, expert, args.seed * 10**9 + DEMO_SEEDS, "sample")
+                save_demos(run_dir / "demos.npz", made, spaces[1])
+            demos = load_demos(str(run_dir / "demos.npz"), None, *spaces)
+        mask = demos["mask"]
+        seen = torch.cat([seen, demos["obs"][mask].float()])  # of both: an expert's angles hardly vary
+        statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
+        expert_actions = demos["act"].long() if actions else unit_actions(demos["act"], spaces[1])
+        obs = normalise(demos["obs"].to(device), statistics)
+        expert_features = step_features(obs, expert_actions.to(device), inputs, actions)[mask.to(device)]  # (steps, F)
+        width = expert_features.shape[1]
+        if reward_model == "linear":
+            reward = nn.Linear(width, 1)
+        else:
+            reward = mlp(width, 1, args.hidden_size, 0.1)
+        reward.to(device)
+        policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)
+        policy_state, solved, exact_reward = policy.state_dict(), False, None
+        expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
+
+        def rollout(step: int) -> dict[str, Tensor]:
+            seed = args.seed * 10**9 + step * N
+            return sample_control(envs, policy, statistics, horizon, seed, "sample", generator)
+
+        def expert_mean_return() -> Tensor:
+            return reward(expert_features).sum() / len(demos["mask"])
+
+        def penalty(rewards: Tensor) -> Tensor:
+            squares = reward(expert_features).square().sum() / len(demos["mask"])
+            return squares + rewards.square().sum() / len(rewards)
+
+        def step_rewards(batch: dict[str, Tensor]) -> Tensor:
+            act = batch["act"] if actions else batch["act"].tanh()
+            obs = normalise(batch["obs"].to(device), statistics)
+            return reward(step_features(obs, act.to(device), inputs, actions))[..., 0].cpu()  # (N, T)
+
+        @torch.no_grad()
+        def value_differences(batch: dict[str, Tensor]) -> Tensor:
+            """gamma V(s') - V(s) (N, T), whose discounted sums over a segment are gamma^L V(end) - V(start)."""
+            states = (normalise(batch[name].to(device), statistics) for name in ("obs", "next_obs"))  # (N, T, D)
+            values, next_values = (policy.critic(x)[..., 0].cpu() for x in states)  # (N, T)
+            return gamma * torch.where(batch["terminated"], 0.0, next_values) - values
+
+        def logprobs_under(stored: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+            actor = {name.removeprefix("actor."): x for name, x in stored.items() if name.startswith("actor.")}
+            obs = normalise(batch["obs"].to(device), statistics)
+            outputs = torch.func.functional_call(policy.actor, actor, obs).cpu()
+            return action_logprobs(outputs, batch["act"], policy.discrete)  # (N, T)
+
+        def policy_update(batch: dict[str, Tensor], lr_share: float) -> dict[str, float]:
+            for group in policy_optimizer.param_groups:
+                group["lr"] = args.policy_learning_rate * lr_share
+            rewards = step_rewards(batch)
+            with torch.enable_grad():
+                return policy_step(policy, policy_optimizer, batch, rewards, statistics, generator=generator, **update)
+
+        def true_returns(batch: dict[str, Tensor]) -> Tensor:
+            return batch["rew"].sum(1)  # (N,)
+
+        def evaluate(module: nn.Module) -> dict[str, float]:
+            results = {"expert_return": expert_return, "random_return": random_return}
+            for suffix, mode in (("", "sample"), ("_greedy", "greedy")):
+                batches = episodes(args.eval_episodes, policy, args.seed * 10**9 + EVAL_SEEDS, mode)
+                value = torch.cat([batch["rew"].sum(1) for batch in batches]).mean().item()
+                results[f"return{suffix}"] = value
+                results[f"normalized_score{suffix}"] = (value - random_return) / (expert_return - random_return)
+            return results | {"expected_value_difference": expert_return - results["return"]}
+
+    # ---- what both share
+    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
+    metrics: dict[str, float] = {}
+    # for soft Q-learning; and the last policies with their trajectories, for the weights
+    memory: dict = {"replay": torch.zeros(0, 2, dtype=torch.long), "iterations": []}
+    first_step, exact_step, env_steps, seconds_before = 0, 0, 0, 0.0
+    if exact_steps:
+        exact_optimizer = torch.optim.LBFGS(
+            exact_reward.parameters(), max_iter=LBFGS_ITERATIONS, history_size=LBFGS_HISTORY,
+            tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
+        )
+    if state is not None:
+        reward.load_state_dict(state["reward"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name, x in state["policy"].items():
+            policy_state[name].copy_(x)
+        if policy_optimizer is not None:
+            policy_optimizer.load_state_dict(state["policy_optimizer"])
+        if exact_steps:
+            exact_reward.load_state_dict(state["exact_reward"])
+            exact_optimizer.load_state_dict(state["exact_optimizer"])
+        generator.set_state(state["generator"])
+        metrics, first_step, exact_step, memory = state["metrics"], state["step"], state["exact_step"], state["memory"]
+        env_steps, seconds_before = state["env_steps"], state["seconds"]
+
+    def save(path: Path, step: int) -> None:
+        extra = {}
+        if exact_steps:
+            extra = {"exact_reward": exact_reward.state_dict(), "exact_optimizer": exact_optimizer.state_dict()}
+        if policy_optimizer is not None:
+            extra["policy_optimizer"] = policy_optimizer.state_dict()
+        save_checkpoint(path, {
+            "step": step, "exact_step": exact_step, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(),
+            "policy": policy_state, "memory": memory, "generator": generator.get_state(), "metrics": metrics,
+            "env_steps": env_steps, "seconds": seconds_before + time.time() - start_time, **extra,
+        })
+
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        """The first Ctrl-C is heard after the step, a second one at once."""
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+
+    # ---- exact: L-BFGS on V_0 - E_expert[r], whose gradient with respect to the reward are differences of visits
+    def objective() -> tuple[Tensor, float]:
+        """V_0 - E_expert[r] + penalty, with its gradient: d V_0 / d r are the visits of the soft-optimal policy. Also
+        the largest gradient of an entry, which for a penalty of 0 is a difference of visits."""
+        exact_optimizer.zero_grad()
+        entries = exact_reward()  # (S, outputs)
+        leaf = entries.detach().requires_grad_()
+        rewards = reward_of_table(leaf, inputs, table["arrival"], A)  # (S, A)
+        with torch.no_grad():
+            visits, value = soft_visits(rewards, table["transition"], table["initial"], gamma, horizon)  # (S, A), ()
+            value = value - (target_visits * rewards).sum() + reward_l2 * leaf.square().sum()
+        rewards.backward(visits - target_visits)
+        gradient = leaf.grad + 2 * reward_l2 * leaf.detach()
+        entries.backward(gradient)
+        return value, gradient.abs().max().item()
+
+    bar = trange(exact_step, exact_steps, initial=exact_step, total=exact_steps, desc="exact", disable=not exact_steps)
+    for call in bar:
+        if interrupts:
+            break
+        exact_optimizer.step(lambda: objective()[0])
+        value, gap = objective()
+        writer.add_scalar("exact/loss", value, call + 1)
+        writer.add_scalar("exact/occupancy_gap", gap, call + 1)
+        bar.set_postfix_str(f"largest difference of visits {gap:.2g}")
+        exact_step = exact_steps if gap <= args.exact_tolerance else call + 1
+        if not math.isfinite(value):
+            bad_input(f"the exact objective is not finite after {call + 1} times {LBFGS_ITERATIONS} iterations")
+        if (call + 1) % args.save_steps == 0 or exact_step == exact_steps or interrupts:
+            save(run_dir / "checkpoint.pt", first_step)
+        if exact_step == exact_steps:
+            break
+    bar.close()
+
+    # ---- sampled: Guided Cost Learning. Its first step, the policy's, is the last here: only then are there samples
+    done = first_step
+    bar = trange(first_step, max_steps, initial=first_step, total=max_steps, desc="sampled", disable=not max_steps)
+    for step in bar:
+        if interrupts:
+            break
+        # ---- rollout
+        step_start = time.time()
+        batch = rollout(step)
+        env_steps += int(batch["mask"].sum())
+        stored = ({name: x.clone() for name, x in policy_state.items()}, batch)
+        memory["iterations"] = [*memory["iterations"], stored][-args.fusion_iterations :]
+
+        # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016)
+        stored = memory["iterations"]
+        samples = join_batches([batch for _, batch in stored])  # M = iterations x N trajectories
+        M, mask = len(samples["mask"]), samples["mask"]  # (M, T)
+        with torch.no_grad():
+            if len(stored) == 1:
+                logprobs = samples["logprobs"][..., None]  # (M, T, 1)
+            else:
+                logprobs = torch.stack([logprobs_under(x, samples) for x, _ in stored], -1)  # (M, T, policies)
+            logprobs = torch.where(mask[..., None], logprobs, 0.0)
+        rewards = torch.where(mask, step_rewards(samples), 0.0)  # (M, T)
+        scores, L, discount = rewards.detach(), segment_length or mask.shape[1], 1.0
+        if segment_length:  # with what the step before the segment and the one behind it are worth
+            scores, discount = torch.where(mask, scores + value_differences(samples), 0.0), gamma
+        scores, logprobs, real, returns = (split_segments(x, L) for x in (scores, logprobs, mask, rewards))  # (n, L)
+        discounts = discount ** torch.arange(L)  # (L,)
+        real = real.any(1)
+        scores, returns = (scores * discounts).sum(1)[real], returns.sum(1)[real]  # (n,)
+        logprobs = ((logprobs * discounts[:, None]).sum(1).logsumexp(1) - math.log(len(stored)))[real]  # (n,)
+        weights = importance_weights(scores.double(), logprobs.double())  # (n,)
+
+        # ---- reward: a gradient step on E_expert[r] - log Z
+        lr_share = lr_factor(step, max_steps, 0, args.lr_scheduler_type, args.min_lr_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * lr_share
+        model_return = (weights * returns).sum() * len(weights) / M  # of a whole trajectory
+        expert_mean = expert_mean_return()
+        loss = model_return - expert_mean + reward_l2 * penalty(rewards)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.stack([p.grad.norm() for p in reward.parameters()]).norm().item()
+        if not math.isfinite(grad_norm):
+            save(run_dir / "nonfinite.pt", step)
+            bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
+        logs = {}
+        if solved:
+            gradient = torch.cat([p.grad.flatten() for p in reward.parameters()])
+            logs["train/gradient_cosine"] = F.cosine_similarity(gradient, exact_gradient(), 0).item()
+        optimizer.step()
+
+        # ---- policy: a step of max-ent RL on the new r - log pi, with this iteration's trajectories
+        with torch.no_grad():
+            logs |= policy_update(batch, lr_share)
+
+        # ---- log
+        size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to n
+        logs |= {
+            "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_mean.item(),
+            "train/policy_reward": rewards.sum().item() / M, "train/effective_sample_size": size,
+            "train/effective_sample_share": size / len(weights),
+            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(),
+            "charts/episodic_return": true_returns(batch).mean().item(),
+            "charts/episodic_length": batch["mask"].sum(1).double().mean().item(),
+            "charts/env_steps": env_steps,
+            "charts/learning_rate": peak_lr * lr_share,
+            "charts/SPS": int(batch["mask"].sum()) / (time.time() - step_start),
+        }  # fmt: skip
+        for name, value in logs.items():
+            writer.add_scalar(name, value, step + 1)
+        bar.set_postfix_str(f"return {logs['charts/episodic_return']:.2f}, effective samples {size:.1f}")
+
+        # ---- save
+        done = step + 1
+        if done % args.eval_steps == 0 and done < max_steps:
+            for name, value in evaluate(reward).items():
+                writer.add_scalar(f"eval/{name}", value, done)
+        if done % args.save_steps == 0 or done == max_steps or interrupts:
+            save(run_dir / "checkpoint.pt", done)
+    bar.close()
+
+    signal.signal(signal.SIGINT, old_handler)
+    if interrupts and (exact_step < exact_steps or done < max_steps):
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        raise SystemExit(130)
+
+    # ---- evaluate, save
+    modules = {name: x for name, x in (("exact", exact_reward), ("sampled", reward)) if estimator in (name, "both")}
+    found, rewards, policies = {}, {}, {}
+    for name, module in modules.items():
+        found[name] = evaluate(module)
+        metrics |= {(f"eval/{name}/" if estimator == "both" else "eval/") + key: x for key, x in found[name].items()}
+        if table is not None:
+            with torch.no_grad():
+                entries = module()  # (S, outputs)
+                rewards[name] = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
+            policies[name], _ = soft_value_iteration(rewards[name], table["transition"], gamma, horizon)  # (H, S, A)
+            panels = {
+                "true reward": table["cell_reward"],
+                f"learned reward ({name})": entries[:, 0] if inputs == "next_state" else rewards[name].mean(1),
+                "expert's visits": expert_visits.sum(1),
+                "learner's visits": causal_visits(rewards[name], table, gamma, horizon).sum(1),
+            }
+            writer.add_figure(f"maps/{name}", draw_maps(panels, table["shape"]), done)
+    if estimator == "both":
+        metrics |= {f"eval/{key}": x for key, x in found["sampled"].items()}
+    if table is None:
+        rewards = {**reward.state_dict(), "observation_mean": statistics[0], "observation_std": statistics[1]}
+        policies = policy.state_dict()
+    elif solved:  # how far apart the two models are under these dynamics, for the demonstrator's reward
+        r = args.reward_scale * table["reward"]
+        apart = (causal_visits(r, table, gamma, horizon) - noncausal_visits(r, table, gamma, horizon)).sum(1)  # (S,)
+        metrics |= {"eval/causal_gap": apart.abs().sum().item(), "eval/causal_gap_max": apart.abs().max().item()}
+    save_tensors(run_dir / "reward.safetensors", rewards)
+    save_tensors(run_dir / "policy.safetensors", policies)
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, done)
+    metrics |= {"seed": args.seed, "env_steps": env_steps, "wall_seconds": seconds_before + time.time() - start_time}
+    (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
+    writer.close()
+    for key in next(iter(found.values())):
+        print(f"eval/{key}: " + ", ".join(f"{name} {values[key]:.4g}" for name, values in found.items()))
+    print(run_dir)
+    return metrics
+
+
+if __name__ == "__main__":
+    cli_args = tyro.cli(Args)
+    others = [flag for flag in sys.argv[1:] if flag.startswith("--") and not flag.startswith("--resume")]
+    if cli_args.resume is not None and others:
+        bad_input(f"{others[0]} cannot be given beside --resume, which takes that run's flags")
+    try:
+        main(cli_args)
+    except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
+        raise SystemExit(130) from None

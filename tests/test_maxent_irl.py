@@ -1,0 +1,652 @@
+"""maxent_irl.py: the exact mathematics against brute force, the sampled estimator against the exact one, whole runs."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import gymnasium
+import maxent_irl
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_folder, scalars
+from maxent_irl import (
+    Args,
+    action_logprobs,
+    as_matrix,
+    gae_episodic,
+    importance_weights,
+    load_table,
+    log_partition,
+    main,
+    noncausal_visits,
+    occupancy,
+    remember,
+    sample_table,
+    soft_q_step,
+    soft_value_iteration,
+    soft_visits,
+    successors,
+)
+from safetensors.torch import load_file
+
+H = 4
+
+
+def make_mdp(S=3, A=2, seed=0, ends=0.0, deterministic=False):
+    """Reward (S, A), transition (S, A, S) and initial (S,) in float64; rows sum to 1 - ends in every other state."""
+    generator = torch.Generator().manual_seed(seed)
+    reward = torch.randn(S, A, generator=generator, dtype=torch.float64)
+    transition = torch.rand(S, A, S, generator=generator, dtype=torch.float64)
+    transition[torch.rand(S, A, S, generator=generator) < 0.3] = 0.0
+    transition[..., 0] += 0.1
+    if deterministic:
+        transition = torch.nn.functional.one_hot(transition.argmax(2), S).double()
+    transition /= transition.sum(2, keepdim=True)
+    transition[::2] *= 1 - ends
+    initial = torch.rand(S, generator=generator, dtype=torch.float64)
+    return reward, transition, initial / initial.sum()
+
+
+def sparse(transition):
+    return transition.reshape(-1, transition.shape[-1]).to_sparse_coo()
+
+
+def trajectories(reward, transition, initial, horizon, gamma=1.0):
+    """All of them: (probability of the dynamics, discounted return, [(state, action), ...]). A state S is the end."""
+    S, A = reward.shape
+    moves = torch.cat([transition, 1 - transition.sum(2, keepdim=True)], 2).clamp(min=0)
+    todo = [(initial[s].item(), 0.0, [], s) for s in range(S)]
+    for t in range(horizon):
+        following = []
+        for p, value, steps, s in todo:
+            if s == S:
+                following.append((p, value, steps, s))
+                continue
+            for a, s2 in itertools.product(range(A), range(S + 1)):
+                q = p * moves[s, a, s2].item()
+                if q > 1e-12:
+                    following.append((q, value + gamma**t * reward[s, a].item(), [*steps, (s, a)], s2))
+        todo = following
+    return [x[:3] for x in todo]
+
+
+def brute_force(reward, transition, initial, horizon, gamma=1.0):
+    """log Z and visits of the non-causal model, by enumeration."""
+    found = trajectories(reward, transition, initial, horizon, gamma)
+    weights = [p * math.exp(value) for p, value, _ in found]
+    visits = torch.zeros_like(reward)
+    for weight, (_, _, steps) in zip(weights, found):
+        for t, (s, a) in enumerate(steps):
+            visits[s, a] += gamma**t * weight / sum(weights)
+    return math.log(sum(weights)), visits
+
+
+# ---- the exact mathematics
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.4])
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_log_partition_and_its_gradient_are_those_of_the_enumeration(ends, gamma):
+    reward, transition, initial = make_mdp(ends=ends)
+    log_z, visits = brute_force(reward, transition, initial, H, gamma)
+    assert log_partition(reward, transition, initial, H, gamma).item() == pytest.approx(log_z, abs=1e-10)
+    table = {"transition": transition, "initial": initial}
+    assert torch.allclose(noncausal_visits(reward, table, gamma, H), visits, atol=1e-10)
+    assert gamma < 1 or ends or visits.sum().item() == pytest.approx(H)  # exactly H states
+
+
+def test_log_partition_passes_gradcheck_and_so_does_the_soft_value():
+    reward, transition, initial = make_mdp(ends=0.3)
+    reward.requires_grad_()
+    for form in (transition, sparse(transition)):
+        assert torch.autograd.gradcheck(lambda r: log_partition(r, form, initial, H), reward)
+    assert torch.autograd.gradcheck(lambda r: soft_value_iteration(r, transition, 0.9, H)[1][0], reward)
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.4])
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_the_soft_policy_is_the_best_of_all_at_temperature_1(ends, gamma):
+    """V_0 is the return plus the (discounted) entropy of the soft policy, and no other policy has more of both."""
+    reward, transition, initial = make_mdp(ends=ends)
+    policy, values = soft_value_iteration(reward, transition, gamma, H)
+    assert policy.shape == (H, 3, 2) and values.shape == (H + 1, 3) and torch.equal(values[-1], torch.zeros(3).double())
+    assert torch.allclose(policy.sum(2), torch.ones(H, 3).double(), atol=1e-12)
+
+    def objective(policy):
+        total = 0.0
+        for p, _, steps in trajectories(reward, transition, initial, H):
+            chances = [policy[t, s, a].item() for t, (s, a) in enumerate(steps)]
+            taken = enumerate(zip(steps, chances))
+            gains = [gamma**t * (reward[s, a].item() - math.log(c)) for t, ((s, a), c) in taken]
+            total += p * math.prod(chances) * sum(gains)
+        return total
+
+    best = objective(policy)
+    assert best == pytest.approx((initial @ values[0]).item(), abs=1e-10)
+    for seed in range(5):
+        noise = torch.randn(policy.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert objective((policy.log() + 0.1 * noise).softmax(2)) < best
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_occupancies_are_those_of_the_enumeration(gamma):
+    reward, transition, initial = make_mdp(ends=0.4)
+    policy, values = soft_value_iteration(reward, transition, gamma, H)
+    expected = torch.zeros_like(reward)
+    for p, _, steps in trajectories(reward, transition, initial, H):
+        p *= math.prod(policy[t, s, a].item() for t, (s, a) in enumerate(steps))
+        for t, (s, a) in enumerate(steps):
+            expected[s, a] += gamma**t * p
+    assert torch.allclose(occupancy(policy, transition, initial, gamma), expected, atol=1e-10)
+    visits, value = soft_visits(reward, transition, initial, gamma, H)
+    assert torch.allclose(visits, expected, atol=1e-10)
+    assert value.item() == pytest.approx((initial @ values[0]).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_the_causal_gradient_is_a_difference_of_visits(gamma):
+    """d V_0 / d r are the soft policy's visits: by autograd, and by central differences."""
+    reward, transition, initial = make_mdp(S=5, A=3, ends=0.2)
+    visits, _ = soft_visits(reward, transition, initial, gamma, 7)
+    leaf = reward.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(initial @ soft_value_iteration(leaf, transition, gamma, 7)[1][0], leaf)
+    assert torch.allclose(gradient, visits, atol=1e-10)
+    for s, a in ((0, 0), (3, 2)):
+        step = torch.zeros_like(reward)
+        step[s, a] = 1e-5
+        above, below = (soft_visits(reward + x, transition, initial, gamma, 7)[1] for x in (step, -step))
+        assert ((above - below) / 2e-5).item() == pytest.approx(visits[s, a].item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse_coo", "to_sparse_csr"])
+def test_sparse_and_dense_transitions_agree(layout):
+    reward, transition, initial = make_mdp(S=12, A=3, ends=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = getattr(transition.reshape(-1, 12), layout)()
+    for one, two in zip(soft_value_iteration(reward, transition, 0.9, 9), soft_value_iteration(reward, other, 0.9, 9)):
+        assert torch.allclose(one, two, atol=1e-12)
+    policy = soft_value_iteration(reward, transition, 0.9, 9)[0]
+    for function, arguments in (
+        (occupancy, (policy,)),
+        (lambda x, *rest: soft_visits(x, *rest, 9)[0], (reward,)),
+    ):
+        assert torch.allclose(*(function(*arguments, x, initial, 0.9) for x in (transition, other)), atol=1e-12)
+    assert torch.allclose(*(log_partition(reward, x, initial, 9) for x in (transition, other)), atol=1e-12)
+
+
+def test_large_rewards_stay_finite():
+    """|r| H = 1e4, where exp(r) overflows and far states underflow."""
+    reward, transition, initial = make_mdp(S=20, A=3)
+    for scale in (1e4 / 50, -1e4 / 50):
+        policy, values = soft_value_iteration(scale * reward.sign(), transition, 1.0, 50)
+        assert policy.isfinite().all() and values.isfinite().all()
+        leaf = (scale * reward.sign()).requires_grad_()
+        log_z = log_partition(leaf, transition, initial, 50)
+        (visits,) = torch.autograd.grad(log_z, leaf)
+        assert log_z.isfinite() and visits.sum().item() == pytest.approx(50)
+
+
+def test_an_absorbing_state_in_the_table_is_an_end_without_reward_or_entropy():
+    reward, transition, initial = make_mdp(ends=0.4)
+    S, A = reward.shape
+    explicit = torch.zeros(S + 1, A, S + 1, dtype=torch.float64)
+    explicit[:S, :, :S], explicit[:S, :, S], explicit[S, :, S] = transition, 1 - transition.sum(2), 1.0
+    more = torch.cat([reward, torch.zeros(1, A).double()])
+    policy, values = soft_value_iteration(more, explicit, 0.9, H)
+    expected_policy, expected = soft_value_iteration(reward, transition, 0.9, H)
+    assert torch.allclose(values[:, :S], expected, atol=1e-12) and values[:, S].abs().max() < 1e-12
+    assert torch.allclose(policy[:, :S], expected_policy, atol=1e-12)
+    start = torch.cat([initial, torch.zeros(1).double()])
+    assert log_partition(more, explicit, start, H).item() == pytest.approx(
+        log_partition(reward, transition, initial, H).item(), abs=1e-12
+    )
+
+
+def lake(success_rate):
+    table, _ = load_table("FrozenLake-v1", {"success_rate": success_rate}, None, 1)
+    return table
+
+
+def test_the_two_models_agree_under_deterministic_dynamics_and_one_start_only():
+    gaps = []
+    for slip in (0.0, 0.1, 0.3):
+        table = lake(1 - slip)
+        reward = 10 * table["reward"]
+        causal = soft_visits(reward, table["transition"], table["initial"], 1.0, 12)[0]
+        gaps.append((causal - noncausal_visits(reward, table, 1.0, 12)).sum(1).abs().sum().item())
+    assert gaps[0] < 1e-10 and 0.1 < gaps[1] < gaps[2]
+    reward, transition, initial = make_mdp(S=6, A=3, deterministic=True)
+    one_start = torch.eye(6, dtype=torch.float64)[0]
+    for start, same in ((one_start, True), (initial, False)):
+        causal, value = soft_visits(reward, transition, start, 1.0, 8)
+        noncausal = noncausal_visits(reward, {"transition": transition, "initial": start}, 1.0, 8)
+        assert torch.allclose(causal, noncausal, atol=1e-10) == same
+        assert (abs(value - log_partition(reward, transition, start, 8)) < 1e-10) == same
+
+
+def test_tables_are_gymnasiums():
+    """Transitions and rewards of FrozenLake by hand: an end is missing in the transition, not in the arrivals."""
+    table = lake(1 / 3)
+    transition, arrival = (table[name].view(16, 4, 16) for name in ("transition", "arrival"))
+    assert torch.allclose(arrival[14, 2], torch.eye(16).double()[[10, 14, 15]].sum(0) / 3)  # right, beside the goal
+    assert torch.allclose(transition[14, 2], torch.eye(16).double()[[10, 14]].sum(0) / 3)
+    assert table["reward"][14, 2].item() == pytest.approx(1 / 3) and table["reward"].sum().item() == pytest.approx(1.0)
+    assert table["cell_reward"][15] > 0 and table["initial"][0] == 1
+    reward, limit = load_table(None, {}, None, 1)[0]["reward"], load_table(None, {}, None, 1)[1]
+    assert reward.max() == 100 and reward.min() == -10 and (reward == -1).any() and limit == maxent_irl.LECTURE_HORIZON
+
+
+def test_large_tables_are_sparse():
+    table, limit = load_table("Taxi-v4", {}, None, 1)
+    assert table["transition"].layout == torch.sparse_csr and limit == 200
+    assert soft_visits(table["reward"], table["transition"], table["initial"], 1.0, 20)[0].sum() <= 20
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_control_has_no_table(env_id):
+    assert load_table(env_id, {}, None, 1)[0] is None
+
+
+# ---- the sampled estimator
+
+
+def test_importance_weights_by_hand():
+    weights = importance_weights(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([-1.0, 0.0, -3.0]))
+    raw = torch.tensor([2.0, 2.0, 3.0]).exp()
+    assert torch.allclose(weights, raw / raw.sum())
+
+
+def test_importance_weights_ignore_constants_and_are_finite():
+    returns, logprobs = torch.randn(50).double(), -10 * torch.rand(50).double()
+    weights = importance_weights(returns, logprobs)
+    assert torch.allclose(importance_weights(returns + 123.0, logprobs - 7.0), weights, atol=1e-12)
+    for extreme in (1e4, -1e4):
+        found = importance_weights(torch.tensor([extreme, 0.0, 1.0]), torch.tensor([0.0, -1e4, -1.0]))
+        assert found.isfinite().all() and found.sum().item() == pytest.approx(1.0)
+
+
+def draw(policy, transition, initial, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return sample_table(policy, *successors(as_matrix(transition)), initial, count, generator)
+
+
+def returns_and_logprobs(reward, batch):
+    returns = torch.where(batch["mask"], reward[batch["obs"], batch["act"]], 0.0).sum(1)
+    return returns, torch.where(batch["mask"], batch["logprobs"], 0.0).sum(1)
+
+
+def test_weights_are_even_for_the_soft_policy_under_deterministic_dynamics():
+    """std(log w) = 0 and the effective sample size is N; with slip, or from a uniform policy, it is not."""
+    for slip, even in ((0.0, True), (0.3, False)):
+        table = lake(1 - slip)
+        reward = 5 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).double()
+        policy, _ = soft_value_iteration(reward, table["transition"], 1.0, 12)
+        returns, logprobs = returns_and_logprobs(reward, draw(policy, table["transition"], table["initial"], 300))
+        size = importance_weights(returns, logprobs).square().sum().reciprocal().item()
+        assert ((returns - logprobs).std() < 1e-8) == even
+        assert (abs(size - 300) < 1e-6) == even
+        uniform = torch.full_like(policy, 0.25)
+        returns, logprobs = returns_and_logprobs(reward, draw(uniform, table["transition"], table["initial"], 300))
+        assert importance_weights(returns, logprobs).square().sum().reciprocal() < 30
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.3])
+def test_weighted_visits_are_the_non_causal_models(ends):
+    """Also with stochastic dynamics, where they are not the causal model's."""
+    reward, transition, initial = make_mdp(ends=ends)
+    policy, _ = soft_value_iteration(reward, transition, 1.0, H)
+    batch = draw(policy, transition, initial, 200_000)
+    weights = importance_weights(*returns_and_logprobs(reward, batch))
+    index = (batch["obs"] * 2 + batch["act"])[batch["mask"]]
+    steps = weights[:, None].expand(-1, H)[batch["mask"]]
+    estimate = torch.bincount(index, steps, 6).view(3, 2)
+    exact = brute_force(reward, transition, initial, H)[1]
+    causal = soft_visits(reward, transition, initial, 1.0, H)[0]
+    assert (estimate - exact).abs().max() < 0.02 < (causal - exact).abs().max()
+
+
+def test_sampled_trajectories_have_the_policys_visits_and_logprobs():
+    reward, transition, initial = make_mdp(ends=0.4)
+    policy, _ = soft_value_iteration(reward, transition, 1.0, H)
+    batch = draw(policy, transition, initial, 50_000)
+    visits = maxent_irl.visit_counts(batch["obs"], batch["act"], batch["mask"], 0.9, (3, 2))
+    assert torch.allclose(visits, occupancy(policy, transition, initial, 0.9), atol=0.02)
+    again = policy[torch.arange(H), batch["obs"], :].gather(2, batch["act"][..., None])[..., 0].log()
+    assert torch.equal(torch.where(batch["mask"], again, 0.0), torch.where(batch["mask"], batch["logprobs"], 0.0))
+
+
+def test_soft_q_learning_on_all_transitions_is_soft_value_iteration():
+    reward, transition, _ = make_mdp(S=6, A=3, deterministic=True)
+    states, actions = (x.flatten() for x in torch.meshgrid(torch.arange(6), torch.arange(3), indexing="ij"))
+    arrived = transition.argmax(2).flatten()
+    replay = remember(torch.zeros(0, 2).long(), (states * 3 + actions) * 7 + arrived)
+    q = soft_q_step(torch.zeros(H, 6, 3).double(), reward, replay, 0.9, 1.0)
+    policy, values = soft_value_iteration(reward, transition, 0.9, H)
+    assert torch.allclose(q.logsumexp(2), values[:-1], atol=1e-12) and torch.allclose(q.softmax(2), policy, atol=1e-12)
+    half = soft_q_step(torch.zeros(H, 6, 3).double(), reward, torch.tensor([[6, 1]]), 0.9, 0.5)  # an end of (0, 0)
+    assert torch.allclose(half[:, 0, 0], reward[0, 0].expand(H) / 2) and half.abs().sum() == half[:, 0, 0].abs().sum()
+
+
+def test_the_replay_memory_counts_every_transition():
+    replay = torch.zeros(0, 2).long()
+    for new in ([5, 3, 5], [3, 9]):
+        replay = remember(replay, torch.tensor(new))
+    assert replay.tolist() == [[3, 2], [5, 2], [9, 1]]
+
+
+def test_segments_and_joined_batches_keep_every_step():
+    x = torch.arange(1, 15).view(2, 7)
+    parts = maxent_irl.split_segments(x, 3)
+    assert parts.shape == (6, 3) and parts.sum() == x.sum() and parts[2].tolist() == [7, 0, 0]
+    assert torch.equal(maxent_irl.split_segments(x, 7), x)
+    batches = [{"obs": torch.ones(n, t, 4), "mask": torch.ones(n, t, dtype=torch.bool)} for n, t in ((2, 3), (1, 5))]
+    joined = maxent_irl.join_batches(batches)["obs"]
+    assert joined.shape == (3, 5, 4) and joined.sum() == 2 * 3 * 4 + 5 * 4
+
+
+# ---- control
+
+
+def test_gae_by_hand():
+    rewards, values, following = (torch.tensor(x)[:, None] for x in ([1.0, 2.0, 3.0], [0.5, 0.4, 0.3], [0.4, 9.0, 0.2]))
+    no = torch.zeros(3, 1, dtype=torch.bool)
+    end = torch.tensor([False, True, False])[:, None]
+    for terminated, truncated, second in ((end, no, 2 - 0.4), (no, end, 2 + 0.9 * 9 - 0.4)):
+        advantages, returns = gae_episodic(rewards, values, following, terminated, truncated, 0.9, 0.5)
+        assert advantages[1, 0].item() == pytest.approx(second)
+        assert advantages[0, 0].item() == pytest.approx(1 + 0.9 * 0.4 - 0.5 + 0.45 * second)
+        assert advantages[2, 0].item() == pytest.approx(3 + 0.9 * 0.2 - 0.3)
+        assert torch.allclose(returns, advantages + values)
+
+
+def test_squashed_actions_have_a_density():
+    outputs = torch.tensor([[0.3, -0.2]]).expand(20001, 2)
+    actions = torch.linspace(-0.9999, 0.9999, 20001)[:, None]
+    density = action_logprobs(outputs, actions.double().atanh().float(), False).exp()
+    assert torch.trapezoid(density, actions[:, 0]).item() == pytest.approx(1.0, abs=2e-3)
+
+
+def test_stored_logprobs_are_the_policys_and_truncation_is_no_termination():
+    envs = [gymnasium.make("Pendulum-v1") for _ in range(3)]
+    policy = maxent_irl.ActorCritic(3, envs[0].action_space, 16)
+    statistics = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 4.0]])
+    draws = [
+        maxent_irl.sample_control(envs, policy, statistics, 20, 5, "sample", torch.Generator().manual_seed(0))
+        for _ in range(2)
+    ]
+    assert all(torch.equal(draws[0][name], draws[1][name]) for name in draws[0])  # no state is left in environments
+    batch = draws[0]
+    assert batch["mask"].all() and not batch["terminated"].any() and batch["truncated"][:, -1].all()
+    assert torch.equal(batch["obs"][:, 1:], batch["next_obs"][:, :-1])
+    outputs = policy.actor(maxent_irl.normalise(batch["obs"], statistics))
+    assert torch.allclose(action_logprobs(outputs, batch["act"], False), batch["logprobs"], atol=1e-5)
+    poles = [gymnasium.make("CartPole-v1") for _ in range(3)]
+    policy = maxent_irl.ActorCritic(4, poles[0].action_space, 16)
+    batch = maxent_irl.sample_control(
+        poles, policy, torch.ones(2, 4), 500, 5, "sample", torch.Generator().manual_seed(0)
+    )
+    assert (batch["terminated"].sum(1) == 1).all() and torch.equal(batch["mask"].sum(1).float(), batch["rew"].sum(1))
+
+
+# ---- the whole script
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Flags of a run of seconds, to be overridden."""
+    defaults = {"output_dir": str(tmp_path / "runs"), "device": "cpu", "max_steps": 6, "num_trajectories": 32}
+    return lambda **flags: Args(**{**defaults, "save_steps": 2, **flags})
+
+
+CARTPOLE = {
+    "env_id": "CartPole-v1", "num_trajectories": 4, "eval_episodes": 4, "expert_steps": 2, "num_demos": 3, "horizon": 60
+}  # fmt: skip
+
+
+def test_the_default_run_recovers_the_lectures_grid(tmp_path, capsys):
+    args = Args(output_dir=str(tmp_path), device="cpu", transfer='{"slip": 0.2}')
+    metrics = main(args)
+    folder = run_folder(args)
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+    assert json.loads((folder / "summary.json").read_text()) == metrics
+    margin = metrics["eval/expert_return"] - metrics["eval/random_return"]
+    assert margin > 90
+    assert abs(metrics["eval/exact/expected_value_difference"]) < 1e-3 * margin
+    assert abs(metrics["eval/sampled/expected_value_difference"]) < 0.03 * margin
+    assert abs(metrics["eval/exact/optimal_value_difference"]) < 1e-3 * margin
+    assert metrics["eval/exact/occupancy_gap"] < 1e-3 and metrics["eval/causal_gap"] < 1e-8
+    for name in ("expected_value_difference", "expert_return", "random_return", "return", "normalized_score"):
+        assert metrics[f"eval/{name}"] == metrics[f"eval/sampled/{name}"]
+        assert f"eval/exact/transfer/{name}" in metrics
+    logs = scalars(folder)
+    cosines = [value for _, value in logs["train/gradient_cosine"]]
+    assert len(cosines) == args.max_steps and np.median(cosines) > 0.5
+    assert logs["train/effective_sample_share"][-1][1] > 0.9
+    tensors = load_file(folder / "reward.safetensors"), load_file(folder / "policy.safetensors")
+    assert tensors[0]["exact"].shape == (16, 4) and tensors[1]["sampled"].shape == (10, 16, 4)
+    table = load_table(None, {}, None, 1)[0]
+    again = soft_value_iteration(tensors[0]["exact"], table["transition"], 1.0, 10)[0]
+    assert torch.equal(again, tensors[1]["exact"])
+
+
+@pytest.mark.parametrize("size, horizon, limit", [(5, 20, 0.1), (10, 40, 0.3)])
+def test_the_exact_estimator_is_fast(size, horizon, limit, tiny, monkeypatch):
+    """Random rewards on a grid, one for each state: visits to 1e-3 in CPU time (twice the aim: machines differ)."""
+    reward = torch.rand(size * size, generator=torch.Generator().manual_seed(size)).tolist()
+    moves = {}
+    for s in range(size * size):
+        y, x = divmod(s, size)
+        reached = [(y, max(x - 1, 0)), (y, min(x + 1, size - 1)), (max(y - 1, 0), x), (min(y + 1, size - 1), x)]
+        moves[s] = {a: [(1.0, size * v + u, 2 * reward[s] - 1, False)] for a, (v, u) in enumerate(reached)}
+    start = torch.eye(size * size)[0]
+    table = maxent_irl.read_table(moves, start, (size, size))
+    monkeypatch.setattr(maxent_irl, "load_table", lambda *_: (table, horizon))
+    seconds = []
+    step = torch.optim.LBFGS.step
+
+    def timed(*arguments):
+        before = time.process_time()
+        result = step(*arguments)
+        seconds.append(time.process_time() - before)
+        return result
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", timed)
+    main(tiny(output_dir=f"{tiny().output_dir}/warm", exact_steps=1, estimator="exact"))  # the first step imports
+    seconds.clear()
+    metrics = main(tiny(estimator="exact", reward_inputs="state", exact_tolerance=1e-3))
+    assert metrics["eval/occupancy_gap"] < 1e-3 and sum(seconds) < 2 * limit
+
+
+@pytest.mark.parametrize("flags", [{"reward_model": "neural"}, {"reward_inputs": "state_action"}])
+def test_other_rewards_on_frozen_lake(flags, tiny):
+    args = tiny(
+        env_id="FrozenLake-v1", env_kwargs='{"is_slippery": false}', reward_scale=10.0, horizon=20, max_steps=300,
+        num_trajectories=256, **flags,
+    )  # fmt: skip
+    metrics = main(args)
+    margin = metrics["eval/expert_return"] - metrics["eval/random_return"]
+    assert abs(metrics["eval/exact/expected_value_difference"]) < 0.01 * margin
+    assert abs(metrics["eval/sampled/expected_value_difference"]) < 0.03 * margin
+
+
+def test_finite_demonstrations_and_files_of_them(tiny, tmp_path):
+    table = load_table(None, {}, None, 1)[0]
+    policy, _ = soft_value_iteration(table["reward"], table["transition"], 1.0, 10)
+    batch = draw(policy, table["transition"], table["initial"], 50)
+    mask = batch["mask"]
+    path = str(tmp_path / "demos.npz")
+    np.savez(path, obs=batch["obs"][mask].numpy(), act=batch["act"][mask].numpy(), lengths=mask.sum(1).numpy())
+    for flags in ({"num_demos": 50}, {"demos": path}):
+        metrics = main(tiny(estimator="exact", exp_name=next(iter(flags)), **flags))
+        assert metrics["eval/normalized_score"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"estimator": "both", "fusion_iterations": 2},
+        {"estimator": "exact", "exact_tolerance": 1e-30, "exact_steps": 6},
+        {**CARTPOLE, "fusion_iterations": 2, "segment_length": 7},
+        {**CARTPOLE, "env_id": "Pendulum-v1", "reward_inputs": "state", "horizon": 10, "segment_length": 0},
+    ],
+)
+def test_a_killed_run_resumes_exactly(tiny, tmp_path, flags):
+    """Bit-equal rewards, policies, metrics and curves after SIGKILL at the second checkpoint, and --resume."""
+    whole, killed = (tiny(output_dir=str(tmp_path / name), **flags) for name in ("whole", "killed"))
+    expected = main(whole)
+    program = tmp_path / "run.py"
+    program.write_text(
+        "import json, os, signal, sys, maxent_irl\nreal = maxent_irl.save_checkpoint; n = []\n"
+        "def save(path, state):\n    real(path, state); n.append(1)\n"
+        "    if len(n) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "maxent_irl.save_checkpoint = save\nmaxent_irl.main(maxent_irl.Args(**json.loads(sys.argv[1])))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    dead = subprocess.run(
+        [sys.executable, program, json.dumps(asdict(killed))], env=environment, capture_output=True, timeout=300
+    )
+    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
+    folder = run_folder(killed)
+    assert not (folder / "summary.json").exists()
+    metrics = main(Args(resume=str(folder)))
+    for name in ("reward", "policy"):
+        ours, theirs = (load_file(x / f"{name}.safetensors") for x in (folder, run_folder(whole)))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert all(metrics[key] == expected[key] for key in expected if key != "wall_seconds")
+    resumed, unbroken = scalars(folder), scalars(run_folder(whole))
+    assert set(resumed) == set(unbroken)
+    for tag in set(unbroken) - {"charts/SPS"}:
+        assert dict(resumed[tag]) == dict(unbroken[tag])
+
+
+def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    expected = main(tiny(output_dir=str(tmp_path / "whole")))
+    broken = tiny(output_dir=str(tmp_path / "broken"), save_steps=100)
+    calls, real = [], maxent_irl.soft_q_step
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(maxent_irl, "soft_q_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(broken)
+    assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
+    metrics = main(Args(resume=str(run_folder(broken))))
+    assert all(metrics[key] == expected[key] for key in expected if key != "wall_seconds")
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(tiny):
+    one, two, three = (main(tiny(exp_name=str(i), seed=seed)) for i, seed in enumerate((1, 1, 2)))
+    assert one["eval/return"] == two["eval/return"] != three["eval/return"]
+
+
+def test_a_file_that_is_no_npz_is_said_to_be_none(tiny, tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("obs act lengths")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("text.npz", "array.npy"):
+        with pytest.raises(SystemExit) as stop:
+            main(tiny(env_id="CartPole-v1", demos=str(tmp_path / name)))
+        assert stop.value.code == 2 and "cannot be read as .npz" in capsys.readouterr().err
+
+
+def test_nan_observations_are_said(tiny, monkeypatch, capsys):
+    real = gymnasium.envs.classic_control.CartPoleEnv.step
+
+    def broken(*arguments):
+        obs, *rest = real(*arguments)
+        return obs * np.nan, *rest
+
+    monkeypatch.setattr(gymnasium.envs.classic_control.CartPoleEnv, "step", broken)
+    with pytest.raises(SystemExit) as stop:
+        main(tiny(**CARTPOLE))
+    assert stop.value.code == 2 and "is not finite in step 1" in capsys.readouterr().err
+
+
+def test_control_runs_log_and_save(tiny):
+    metrics = main(tiny(**CARTPOLE))
+    assert {"eval/expected_value_difference", "eval/normalized_score", "eval/return", "env_steps"} <= set(metrics)
+    folder = run_folder(tiny())
+    logs = scalars(folder)
+    assert len(logs["train/effective_sample_size"]) == 6 and "losses/explained_variance" in logs
+    reward, policy = (load_file(folder / f"{name}.safetensors") for name in ("reward", "policy"))
+    assert reward["observation_std"].shape == (4,) and policy["actor.4.weight"].shape == (2, 64)
+    with np.load(folder / "demos.npz") as demos:
+        assert len(demos["lengths"]) == 3 and demos["obs"].shape == (demos["lengths"].sum(), 4)
+
+
+def test_a_reward_on_cartpole_is_learned(shared, tiny):
+    """From 10 demonstrations, in few steps: far better than chance. (Longer runs reach the expert: README.)"""
+    args = tiny(
+        env_id="CartPole-v1", demos=str(shared / "data/experts/CartPole-v1.npz"), num_demos=10, max_steps=25,
+        num_trajectories=16, eval_episodes=10, save_steps=100,
+    )  # fmt: skip
+    assert main(args)["eval/normalized_score"] > 0.3
+
+
+def demo_file(folder: Path, **changes) -> str:
+    data = {"obs": np.zeros((6, 4), np.float32), "act": np.zeros(6, np.int64), "lengths": np.array([2, 4])}
+    data |= changes
+    np.savez(folder / "bad.npz", **{key: x for key, x in data.items() if x is not None})
+    return str(folder / "bad.npz")
+
+
+NAN = np.full((6, 4), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"obs": None}, "has no key obs"),
+        ({"lengths": None}, "has no key lengths"),
+        ({"lengths": np.array([2, 3])}, "obs has shape (6, 4), wanted (5, 4)"),
+        ({"obs": np.zeros((6, 3), np.float32)}, "obs has shape (6, 3), wanted (6, 4)"),
+        ({"act": np.array([0, 1, 2, 0, 0, 0])}, "act has values from 0 to 2"),
+        ({"obs": NAN}, "no finite numbers"),
+        ({"lengths": np.array([6.0])}, "lengths must be one positive integer"),
+    ],
+)
+def test_bad_demonstrations_are_one_sentence_and_code_2(changes, message, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(tiny(env_id="CartPole-v1", demos=demo_file(tmp_path, **changes)))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("error: --demos") and message in text and text.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"demos": "missing.npz", "env_id": "CartPole-v1"}, "--demos missing.npz cannot be read"),
+        ({"env_id": "CartPole-v1", "estimator": "exact"}, "--estimator exact cannot do without a transition table"),
+        ({"env_id": "CartPole-v1", "transfer": "{}"}, "transition table"),
+        ({"env_id": "Nothing-v0"}, "--env-id Nothing-v0 cannot be made"),
+        ({"env_id": "CliffWalking-v1"}, "--horizon must say"),
+        ({"env_kwargs": "{"}, "is not JSON"),
+        ({"env_kwargs": "[1]"}, "is not a JSON object"),
+        ({"env_kwargs": '{"slip": 2}'}, "slip from 0 to 1"),
+        ({"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "has 64 states, not 16"),
+        ({"env_id": "CartPole-v1", "map_size": 5}, "--map-size draws maps of FrozenLake"),
+        ({"gamma": 1.5}, "--gamma must be in (0, 1]"),
+        ({"max_steps": 0}, "--max-steps must be positive"),
+        ({"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(flags, message, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(tiny(**flags))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("error: ") and message in text and text.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
