@@ -23,7 +23,7 @@ and one optimizer step a rollout, the gradient is REINFORCE with reward-to-go an
 
     python ppo_llm.py                              # laptop, no network: a tiny model learns to show its work
     python reward_model.py --output-dir rm         # the whole pipeline: a reward model from preferences ...
-    python ppo_llm.py --reward-model-path rm/<run folder>/model --normalize-reward-model --kl-coef 0.2   # ... the policy
+    python ppo_llm.py --reward-model-path rm/<run folder>/model --normalize-reward-model --kl-coef 0.2   # ... RL
     python ppo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback-prompt \\
         --reward-model-path <reward_model.py's run on a backbone of your choice>/model      # one GPU
     torchrun --nproc-per-node=8 ppo_llm.py ...     # several GPUs: the same global batch, its prompts split over them
