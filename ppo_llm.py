@@ -1155,7 +1155,7 @@ def main(args: Args) -> dict[str, float]:
     if states_fn is padded_states and rank == 0:
         print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
     ref_model = load_model(initial, "--model-name-or-path").to(device)
-    if args.share_value_backbone:
+    if args.share_value_backbone:  # critic: what its own optimizer trains, the value network or the head alone
         value_model = model
         critic = value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, bias=False).to(device)
         nn.init.zeros_(value_head.weight)
@@ -1170,7 +1170,7 @@ def main(args: Args) -> dict[str, float]:
             value_head.bias = nn.Parameter(torch.tensor([-mean / std], device=device))
         else:
             nn.init.zeros_(value_head.weight)  # Ziegler et al.'s code: the first values are 0
-        if rank == 0:
+        if rank == 0 and args.resume is None:
             print(f"the value network starts from {name}")
     if args.gradient_checkpointing:
         for network in dict.fromkeys((model, value_model)):
