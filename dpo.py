@@ -100,7 +100,7 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
-    (4096 there for vocabularies over 65536, but for dpo.py: a pass makes gradients of the embeddings' whole size.)"""
+    (For vocabularies over 65536 there 4096, as a pass makes gradients of the embeddings' whole size; dpo.py 512.)"""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -855,7 +855,6 @@ def main(args: Args) -> dict[str, float]:
         ref_model = load_model(args.ref_model_name_or_path, "--ref-model-name-or-path").to(device)
         if ref_model.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
             bad_input(f"--ref-model-name-or-path {args.ref_model_name_or_path} has another vocabulary than the model")
-    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else 1024)
     if args.dataset_name:
         train_rows, test_rows = load_rows(args)
     else:
@@ -863,6 +862,8 @@ def main(args: Args) -> dict[str, float]:
         train_rows, test_rows = (make_pairs(rows, count) for rows, count in zip(addition_rows(args.seed), (3, 1)))
     contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", math.inf) for m in (model, ref_model)]
     max_length = min(args.max_length, *contexts)
+    cpu_tokens = 512 if model.config.get_text_config().vocab_size > 65536 else 1024
+    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
     examples = encode_pairs(train_rows, "training", tokenizer, max_length)
     test_examples = encode_pairs(test_rows[: args.max_eval_samples], "held-out", tokenizer, max_length)
     total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(examples) / args.train_batch_size))

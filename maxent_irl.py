@@ -355,12 +355,12 @@ def soft_value_iteration(reward: Tensor, transition: Tensor, gamma: float, horiz
     S, A = reward.shape
     matrix = as_matrix(transition)
     reward = torch.where(ended_states(reward, matrix), -math.log(A), reward.double())
-    q, values = [], [reward.new_zeros(S)]
+    policy, values = [], [reward.new_zeros(S)]  # of the last step first
     for _ in range(horizon):
-        q.append(reward + gamma * (matrix @ values[-1]).view(S, A))  # (S, A)
-        values.append(q[-1].logsumexp(1))  # (S,)
-    values = torch.stack(values[::-1])  # (H+1, S)
-    return (torch.stack(q[::-1]) - values[:-1, :, None]).exp(), values
+        q = reward + gamma * (matrix @ values[-1]).view(S, A)  # (S, A)
+        values.append(q.logsumexp(1))  # (S,)
+        policy.append((q - values[-1][:, None]).exp_())
+    return torch.stack(policy[::-1]), torch.stack(values[::-1])
 
 
 def occupancy(policy: Tensor, transition: Tensor, initial: Tensor, gamma: float) -> Tensor:
@@ -372,27 +372,6 @@ def occupancy(policy: Tensor, transition: Tensor, initial: Tensor, gamma: float)
         visits = visits + gamma**t * visited
         state = backward @ visited.flatten()  # (S,)
     return visits
-
-
-def soft_visits(
-    reward: Tensor, transition: Tensor, initial: Tensor, gamma: float, horizon: int
-) -> tuple[Tensor, Tensor]:
-    """Visits (S, A) of the soft-optimal policy, and its soft value from d = initial (S,): the gradient and the value of
-    the causal model's log Z. The policy is computed again, step by step, from the values: (H, S, A) is never held."""
-    S, A = reward.shape
-    matrix = as_matrix(transition)
-    backward = transposed(matrix)  # (S, S*A)
-    reward = torch.where(ended_states(reward, matrix), -math.log(A), reward.double())
-    values = [reward.new_zeros(S)]
-    for _ in range(horizon):
-        values.append((reward + gamma * (matrix @ values[-1]).view(S, A)).logsumexp(1))  # (S,)
-    visits, state = torch.zeros_like(reward), initial.double()
-    for t in range(horizon):
-        q = reward + gamma * (matrix @ values[-2 - t]).view(S, A)  # (S, A)
-        visited = (q - values[-1 - t][:, None]).exp_() * state[:, None]  # (S, A)
-        visits.add_(visited, alpha=gamma**t)
-        state = backward @ visited.flatten()  # (S,)
-    return visits, initial.double() @ values[-1]
 
 
 def successors(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -556,6 +535,31 @@ def step_features(obs: Tensor, actions: Tensor, inputs: str, num_actions: int | 
     return torch.cat([obs, actions], -1)  # (..., F)
 
 
+def step_rewards(
+    reward: nn.Module, batch: dict[str, Tensor], statistics: Tensor, inputs: str, num_actions: int | None
+) -> Tensor:
+    """The learned reward of every step (N, T), 0 where none was taken."""
+    obs = normalise(batch["obs"].to(statistics.device), statistics)  # (N, T, D)
+    act = (batch["act"] if num_actions else batch["act"].tanh()).to(obs.device)
+    return torch.where(batch["mask"], reward(step_features(obs, act, inputs, num_actions))[..., 0].cpu(), 0.0)
+
+
+def value_differences(critic: nn.Module, batch: dict[str, Tensor], statistics: Tensor, gamma: float) -> Tensor:
+    """gamma V(s') - V(s) (N, T), whose discounted sum over L steps is gamma^L V(end) - V(start)."""
+    states = (normalise(batch[name].to(statistics.device), statistics) for name in ("obs", "next_obs"))  # (N, T, D)
+    values, next_values = (critic(x)[..., 0].cpu() for x in states)  # (N, T)
+    return torch.where(batch["mask"], gamma * torch.where(batch["terminated"], 0.0, next_values) - values, 0.0)
+
+
+def actor_logprobs(
+    policy: ActorCritic, actor: dict[str, Tensor], batch: dict[str, Tensor], statistics: Tensor
+) -> Tensor:
+    """log pi(a|s) (N, T) under a stored policy's actor, 0 where no step was taken."""
+    obs = normalise(batch["obs"].to(statistics.device), statistics)  # (N, T, D)
+    outputs = torch.func.functional_call(policy.actor, actor, obs).cpu()
+    return torch.where(batch["mask"], action_logprobs(outputs, batch["act"], policy.discrete), 0.0)
+
+
 def gae_episodic(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     lam: float,
@@ -717,10 +721,9 @@ def join_batches(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def split_segments(x: Tensor, length: int) -> Tensor:
-    """(N, T, ...) -> (segments, length, ...), the last one of each trajectory filled up with zeros."""
-    x = torch.cat([x, x.new_zeros(len(x), -x.shape[1] % length, *x.shape[2:])], 1)
-    return x.reshape(-1, length, *x.shape[2:])
+def segment_sums(x: Tensor, length: int) -> Tensor:
+    """(N, T) -> (segments,): sums over segments of so many steps, of the first trajectory first."""
+    return F.pad(x, (0, -x.shape[1] % length)).reshape(-1, length).sum(1)
 
 
 def table_demonstrations(
@@ -735,10 +738,10 @@ def table_demonstrations(
             bad_input(f"--demos {path} has an episode of {mask.shape[1]} steps, and --horizon is {horizon}")
         visits = visit_counts(obs, act, mask, gamma, (S, A))
         return visits, visits
-    visits, _ = soft_visits(reward_scale * table["reward"], table["transition"], table["initial"], gamma, horizon)
+    policy, _ = soft_value_iteration(reward_scale * table["reward"], table["transition"], gamma, horizon)
+    visits = occupancy(policy, table["transition"], table["initial"], gamma)
     if num_demos is None:
         return visits, visits
-    policy, _ = soft_value_iteration(reward_scale * table["reward"], table["transition"], gamma, horizon)
     generator = torch.Generator().manual_seed(seed)
     demos = sample_table(policy, *successors(table["transition"]), table["initial"], num_demos, generator)
     return visit_counts(demos["obs"], demos["act"], demos["mask"], gamma, (S, A)), visits
@@ -759,9 +762,20 @@ def train_expert(
         bar.set_postfix_str(f"return {batch['rew'].sum(1).mean():.1f}")
 
 
-def save_demos(path: Path, batches: list[dict[str, Tensor]], action_space: gymnasium.Space) -> None:
+def sample_episodes(
+    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, count: int, first_seed: int,
+    mode: str,
+) -> dict[str, Tensor]:
+    """So many episodes, as sample_control's, by a generator of their own."""
+    generator = torch.Generator().manual_seed(first_seed)
+    return join_batches([
+        sample_control(envs[: count - start], policy, statistics, horizon, first_seed + start, mode, generator)
+        for start in range(0, count, len(envs))
+    ])  # fmt: skip
+
+
+def save_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Space) -> None:
     """Episodes in the format of --demos."""
-    batch = join_batches(batches)
     mask = batch["mask"]
     act = batch["act"] if isinstance(action_space, Discrete) else space_actions(batch["act"].tanh(), action_space)
     columns = {"obs": batch["obs"], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
@@ -784,7 +798,8 @@ def noncausal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) ->
 
 def causal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
     """Visits (S, A) of the causal model: those of the soft-optimal policy."""
-    return soft_visits(reward, table["transition"], table["initial"], gamma, horizon)[0]
+    policy, _ = soft_value_iteration(reward, table["transition"], gamma, horizon)
+    return occupancy(policy, table["transition"], table["initial"], gamma)
 
 
 @torch.no_grad()
@@ -808,6 +823,19 @@ def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: fl
         "occupancy_gap": (visits["soft"] - expert_visits).sum(1).abs().max().item(),
         "reward_correlation": torch.stack([reward, true_reward]).flatten(1).corrcoef()[0, 1].item(),
     }
+
+
+def evaluate_control(
+    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, count: int, first_seed: int,
+    expert_return: float, random_return: float,
+) -> dict[str, float]:
+    """True returns of so many episodes of the policy, and of its mode."""
+    results = {"expert_return": expert_return, "random_return": random_return}
+    for suffix, mode in (("", "sample"), ("_greedy", "greedy")):
+        batch = sample_episodes(envs, policy, statistics, horizon, count, first_seed, mode)
+        results[f"return{suffix}"] = value = batch["rew"].sum(1).mean().item()
+        results[f"normalized_score{suffix}"] = (value - random_return) / (expert_return - random_return)
+    return results | {"expected_value_difference": expert_return - results["return"]}
 
 
 def draw_maps(panels: dict[str, Tensor], shape: tuple[int, int]) -> Figure:
@@ -940,8 +968,6 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
     return parsed[0] or {}, parsed[1]
 
 
-
-
 def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
     """Spaces that the networks can take."""
     if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
@@ -951,426 +977,438 @@ def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: 
         bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete or a bounded Box of one dimension")
 
 
+def catch_ctrl_c() -> list[int]:
+    """A list that the first Ctrl-C is put into, to be heard after the step. A second one interrupts at once."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    return interrupts
+
+
+def end_training(interrupts: list[int], done: int, max_steps: int, run_dir: Path) -> None:
+    """Give Ctrl-C its usual meaning back, and stop here if it was heard before the last step."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupts and done < max_steps:
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        raise SystemExit(130)
+
+
+def reward_step(
+    reward: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float, run_dir: Path, step: int
+) -> float:
+    """A gradient step of the reward; the gradient's norm. One that is not finite ends the run before the step."""
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in reward.parameters()]).item()
+    if not math.isfinite(norm):
+        bad_input(f"the reward's gradient in step {step + 1} is not finite; the last checkpoint in {run_dir} is whole")
+    optimizer.step()
+    return norm
+
+
+def finish_run(
+    run_dir: Path, writer: SummaryWriter, step: int, found: dict[str, dict[str, float]], metrics: dict[str, float],
+    rewards: dict[str, Tensor], policy: dict[str, Tensor],
+) -> dict[str, float]:
+    """Write what was found, by estimator, and print it. The keys without a prefix are the last estimator's."""
+    for name, values in found.items():
+        if len(found) > 1:
+            metrics |= {f"eval/{name}/{key}": value for key, value in values.items()}
+        metrics |= {f"eval/{key}": value for key, value in values.items()}
+    save_tensors(run_dir / "reward.safetensors", rewards)
+    save_tensors(run_dir / "policy.safetensors", policy)
+    for name, value in metrics.items():
+        if name.startswith("eval/"):
+            writer.add_scalar(name, value, step)
+    writer.close()
+    (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
+    for key in next(iter(found.values())):
+        print(f"eval/{key}: " + ", ".join(f"{name} {values[key]:.4g}" for name, values in found.items()))
+    print(run_dir)
+    return metrics
+
+
 LBFGS_ITERATIONS, LBFGS_HISTORY = 20, 100  # between two looks at the gradient; a history of 100 halves their number
 # Seeds of the environments' episodes; those of training count from 0.
 EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
 
 
-def main(args: Args) -> dict[str, float]:
-    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
-    # ---- set-up: whatever is wrong with flags, environment or data is said before anything is written
-    start_time, state = time.time(), None
-    if args.resume is not None:
-        args, state = load_run(args)
-    device = choose_device(args)
-    env_kwargs, transfer = check_irl_args(args)
-    table, limit = load_table(args.env_id, env_kwargs, args.map_size, args.seed)
-    horizon = args.horizon or limit
-    if horizon is None:
-        bad_input(f"--env-id {args.env_id} has no time limit: --horizon must say how long an episode is")
-    estimator = args.estimator or ("both" if table else "sampled")
-    inputs = args.reward_inputs or ("next_state" if table else "state_action")
-    if table is None and (estimator != "sampled" or transfer is not None or inputs == "next_state"):
-        flag = f"--estimator {estimator}" if estimator != "sampled" else "--transfer and --reward-inputs next_state"
-        bad_input(f"{flag} cannot do without a transition table, and {args.env_id} has no env.unwrapped.P")
-    segment_length = args.segment_length if args.segment_length is not None else (0 if table else 10)
-    if table is not None and segment_length:
-        bad_input("--segment-length is for control: with a table, whole episodes are weighted")
-    reward_model = args.reward_model or ("linear" if table else "neural")
-    gamma = args.gamma or (1.0 if table else 0.99)
-    N = args.num_trajectories or (512 if table else 16)
-    peak_lr = args.learning_rate or ((0.3 if reward_model == "linear" else 0.02) if table else 1e-3)
-    reward_l2 = args.reward_l2 if args.reward_l2 is not None else (0.0 if table else 0.01)
-    max_steps = args.max_steps if estimator != "exact" else 0
-    exact_steps = args.exact_steps if estimator != "sampled" else 0
-    generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)  # of the networks
-    if table is not None:
-        target_visits, expert_visits = table_demonstrations(
-            table, args.demos, args.num_demos, args.reward_scale, gamma, horizon, args.seed
-        )
-        other = None
-        if transfer is not None:
-            other, _ = load_table(args.env_id, {**env_kwargs, **transfer}, args.map_size, args.seed)
-            if other["reward"].shape != table["reward"].shape:
-                bad_input(f"--transfer {args.transfer} has {len(other['reward'])} states, not {len(table['reward'])}")
-    else:
-        envs = [make_env(args.env_id, env_kwargs, args.map_size, args.seed) for _ in range(N)]
-        spaces = envs[0].observation_space, envs[0].action_space
-        check_spaces(args.env_id, *spaces)
-        demos = load_demos(args.demos, args.num_demos, *spaces) if args.demos is not None else None
-    run_dir, writer = open_run(
-        args, args.env_id or "lecture", max(state["exact_step"], state["step"]) if state else 0, device
-    )
+def fit_exact(
+    reward: TableReward, inputs: str, target_visits: Tensor, table: dict, gamma: float, horizon: int, reward_l2: float,
+    tolerance: float, max_calls: int,
+) -> tuple[float, float]:
+    """Fit the reward to target_visits (S, A) in the causal model: L-BFGS on V_0 - E_expert[r], whose gradient with
+    respect to the reward are differences of visits (Ziebart et al. 2010). Returns it and the largest gradient."""
+    optimizer = torch.optim.LBFGS(
+        reward.parameters(), max_iter=LBFGS_ITERATIONS, history_size=LBFGS_HISTORY, tolerance_grad=0,
+        tolerance_change=0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
-    # ---- tables: reward, policy, and what the loop does with them
-    if table is not None:
-        S, A = table["reward"].shape
-        seen = (
-            (transposed(table["arrival"]) @ target_visits.flatten())[:, None] if inputs == "next_state"
-            else target_visits if inputs == "state_action" else target_visits.sum(1, keepdim=True)
-        )  # (S, outputs): how often the demonstrations show each entry
-        reward, exact_reward = (TableReward(reward_model, seen, args.hidden_size) for _ in range(2))
-        exact_reward.load_state_dict(reward.state_dict())
-        # Q starts at what it is without a reward, the entropy log A of each later step: at 0, whatever was tried first
-        # would look better than the rest
-        left = torch.tensor([sum(gamma**k for k in range(1, horizon - t)) for t in range(horizon)])  # (H,)
-        policy = math.log(A) * left.double()[:, None, None].repeat(1, S, A) if max_steps else left  # (H, S, A)
-        policy_state, policy_optimizer = {"q": policy}, None
-        next_states, next_logprobs = successors(table["transition"])  # (S*A, K)
-        discounts = gamma ** torch.arange(horizon, dtype=torch.float64)  # (H,)
-        solved = S * A * horizon <= DIAGNOSTIC_ENTRIES
-
-        def rollout(step: int) -> dict[str, Tensor]:
-            return sample_table(policy.softmax(2), next_states, next_logprobs, table["initial"], N, generator)
-
-        def learned_reward() -> Tensor:
-            return reward_of_table(reward(), inputs, table["arrival"], A)  # (S, A)
-
-        def expert_mean_return() -> Tensor:
-            return (target_visits * learned_reward()).sum()
-
-        def step_rewards(batch: dict[str, Tensor]) -> Tensor:
-            return learned_reward()[batch["obs"], batch["act"]] * discounts  # (N, H)
-
-        def penalty(rewards: Tensor) -> Tensor:
-            return reward().square().sum()
-
-        def logprobs_under(stored: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-            steps = torch.arange(horizon)
-            logprobs = stored["q"][steps, batch["obs"]].log_softmax(2)  # (N, H, A)
-            return logprobs.gather(2, batch["act"][..., None])[..., 0]  # (N, H)
-
-        def policy_update(batch: dict[str, Tensor], lr_share: float) -> dict[str, float]:
-            states, actions, arrived = (batch[name][batch["mask"]] for name in ("obs", "act", "next_obs"))  # (n,)
-            memory["replay"] = remember(memory["replay"], (states * A + actions) * (S + 1) + arrived)
-            policy.copy_(soft_q_step(policy, learned_reward(), memory["replay"], gamma, args.soft_q_rate))
-            return {}
-
-        def exact_gradient() -> Tensor:
-            """What the loss's gradient with respect to psi would be with the exact visits of the non-causal model."""
-            rewards = learned_reward()
-            difference = noncausal_visits(rewards, table, gamma, horizon) - target_visits  # (S, A)
-            exact_loss = (rewards * difference).sum() + reward_l2 * penalty(rewards)
-            return torch.cat([x.flatten() for x in torch.autograd.grad(exact_loss, list(reward.parameters()))])
-
-        def true_returns(batch: dict[str, Tensor]) -> Tensor:
-            return (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum(1)  # (N,)
-
-        def evaluate(module: nn.Module) -> dict[str, float]:
-            with torch.no_grad():
-                learned = reward_of_table(module(), inputs, table["arrival"], A)
-                results = evaluate_table(learned, table, expert_visits, gamma, horizon)
-                if other is not None:
-                    learned = reward_of_table(module(), inputs, other["arrival"], A)
-                    visits = causal_visits(args.reward_scale * other["reward"], other, gamma, horizon)
-                    moved = evaluate_table(learned, other, visits, gamma, horizon)
-                    results |= {f"transfer/{name}": value for name, value in moved.items()}
-            return results
-
-    # ---- control: demonstrations, normaliser, reward, policy, and what the loop does with them
-    else:
-        actions = int(spaces[1].n) if isinstance(spaces[1], Discrete) else None
-        D = spaces[0].shape[0]
-        update = {
-            "gamma": gamma, "gae_lambda": args.gae_lambda, "epochs": args.update_epochs, "epsilon": args.epsilon,
-            "minibatch_size": args.minibatch_size, "max_grad_norm": args.max_grad_norm,
-        }
-        policy = ActorCritic(D, spaces[1], args.hidden_size).to(device)
-
-        def episodes(count: int, model: ActorCritic, first_seed: int, mode: str) -> list[dict[str, Tensor]]:
-            parts = [(start, envs[: count - start]) for start in range(0, count, N)]
-            seeded = torch.Generator().manual_seed(args.seed)
-            return [
-                sample_control(part, model, statistics, horizon, first_seed + start, mode, seeded)
-                for start, part in parts
-            ]
-
-        statistics = torch.stack([torch.zeros(D), torch.ones(D)]).to(device)  # (2, D)
-        uniform = episodes(args.eval_episodes, policy, args.seed * 10**9 + UNIFORM_SEEDS, "uniform")
-        seen = torch.cat([batch["obs"][batch["mask"]] for batch in uniform])  # (steps, D)
-        random_return = torch.cat([batch["rew"].sum(1) for batch in uniform]).mean().item()
-        statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
-        if demos is None:
-            if args.resume is None:
-                expert = ActorCritic(D, spaces[1], args.hidden_size).to(device)
-                train_expert(
-                    envs, expert, statistics, horizon, args.reward_scale, args.expert_steps, args.policy_learning_rate,
-                    args.seed * 10**9 + EXPERT_SEEDS, generator, **update,
-                )
-                made = episodes(args.num_demos or 10, expert, args.seed * 10**9 + DEMO_SEEDS, "sample")
-                save_demos(run_dir / "demos.npz", made, spaces[1])
-            demos = load_demos(str(run_dir / "demos.npz"), None, *spaces)
-        mask = demos["mask"]
-        seen = torch.cat([seen, demos["obs"][mask].float()])  # of both: an expert's angles hardly vary
-        statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
-        expert_actions = demos["act"].long() if actions else unit_actions(demos["act"], spaces[1])
-        obs = normalise(demos["obs"].to(device), statistics)
-        expert_features = step_features(obs, expert_actions.to(device), inputs, actions)[mask.to(device)]  # (steps, F)
-        width = expert_features.shape[1]
-        if reward_model == "linear":
-            reward = nn.Linear(width, 1)
-        else:
-            reward = mlp(width, 1, args.hidden_size, 0.1)
-        reward.to(device)
-        policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)
-        policy_state, solved, exact_reward = policy.state_dict(), False, None
-        expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
-
-        def rollout(step: int) -> dict[str, Tensor]:
-            seed = args.seed * 10**9 + step * N
-            return sample_control(envs, policy, statistics, horizon, seed, "sample", generator)
-
-        def expert_mean_return() -> Tensor:
-            return reward(expert_features).sum() / len(demos["mask"])
-
-        def penalty(rewards: Tensor) -> Tensor:
-            squares = reward(expert_features).square().sum() / len(demos["mask"])
-            return squares + rewards.square().sum() / len(rewards)
-
-        def step_rewards(batch: dict[str, Tensor]) -> Tensor:
-            act = batch["act"] if actions else batch["act"].tanh()
-            obs = normalise(batch["obs"].to(device), statistics)
-            return reward(step_features(obs, act.to(device), inputs, actions))[..., 0].cpu()  # (N, T)
-
-        @torch.no_grad()
-        def value_differences(batch: dict[str, Tensor]) -> Tensor:
-            """gamma V(s') - V(s) (N, T), whose discounted sums over a segment are gamma^L V(end) - V(start)."""
-            states = (normalise(batch[name].to(device), statistics) for name in ("obs", "next_obs"))  # (N, T, D)
-            values, next_values = (policy.critic(x)[..., 0].cpu() for x in states)  # (N, T)
-            return gamma * torch.where(batch["terminated"], 0.0, next_values) - values
-
-        def logprobs_under(stored: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-            actor = {name.removeprefix("actor."): x for name, x in stored.items() if name.startswith("actor.")}
-            obs = normalise(batch["obs"].to(device), statistics)
-            outputs = torch.func.functional_call(policy.actor, actor, obs).cpu()
-            return action_logprobs(outputs, batch["act"], policy.discrete)  # (N, T)
-
-        def policy_update(batch: dict[str, Tensor], lr_share: float) -> dict[str, float]:
-            for group in policy_optimizer.param_groups:
-                group["lr"] = args.policy_learning_rate * lr_share
-            rewards = step_rewards(batch)
-            with torch.enable_grad():
-                return policy_step(policy, policy_optimizer, batch, rewards, statistics, generator=generator, **update)
-
-        def true_returns(batch: dict[str, Tensor]) -> Tensor:
-            return batch["rew"].sum(1)  # (N,)
-
-        def evaluate(module: nn.Module) -> dict[str, float]:
-            results = {"expert_return": expert_return, "random_return": random_return}
-            for suffix, mode in (("", "sample"), ("_greedy", "greedy")):
-                batches = episodes(args.eval_episodes, policy, args.seed * 10**9 + EVAL_SEEDS, mode)
-                value = torch.cat([batch["rew"].sum(1) for batch in batches]).mean().item()
-                results[f"return{suffix}"] = value
-                results[f"normalized_score{suffix}"] = (value - random_return) / (expert_return - random_return)
-            return results | {"expected_value_difference": expert_return - results["return"]}
-
-    # ---- what both share
-    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
-    metrics: dict[str, float] = {}
-    # for soft Q-learning; and the last policies with their trajectories, for the weights
-    memory: dict = {"replay": torch.zeros(0, 2, dtype=torch.long), "iterations": []}
-    first_step, exact_step, env_steps, seconds_before = 0, 0, 0, 0.0
-    if exact_steps:
-        exact_optimizer = torch.optim.LBFGS(
-            exact_reward.parameters(), max_iter=LBFGS_ITERATIONS, history_size=LBFGS_HISTORY,
-            tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe",
-        )
-    if state is not None:
-        reward.load_state_dict(state["reward"])
-        optimizer.load_state_dict(state["optimizer"])
-        for name, x in state["policy"].items():
-            policy_state[name].copy_(x)
-        if policy_optimizer is not None:
-            policy_optimizer.load_state_dict(state["policy_optimizer"])
-        if exact_steps:
-            exact_reward.load_state_dict(state["exact_reward"])
-            exact_optimizer.load_state_dict(state["exact_optimizer"])
-        generator.set_state(state["generator"])
-        metrics, first_step, exact_step, memory = state["metrics"], state["step"], state["exact_step"], state["memory"]
-        env_steps, seconds_before = state["env_steps"], state["seconds"]
-
-    def save(path: Path, step: int) -> None:
-        extra = {}
-        if exact_steps:
-            extra = {"exact_reward": exact_reward.state_dict(), "exact_optimizer": exact_optimizer.state_dict()}
-        if policy_optimizer is not None:
-            extra["policy_optimizer"] = policy_optimizer.state_dict()
-        save_checkpoint(path, {
-            "step": step, "exact_step": exact_step, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(),
-            "policy": policy_state, "memory": memory, "generator": generator.get_state(), "metrics": metrics,
-            "env_steps": env_steps, "seconds": seconds_before + time.time() - start_time, **extra,
-        })
-
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        """The first Ctrl-C is heard after the step, a second one at once."""
-        interrupts.append(number)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
-
-    # ---- exact: L-BFGS on V_0 - E_expert[r], whose gradient with respect to the reward are differences of visits
-    def objective() -> tuple[Tensor, float]:
-        """V_0 - E_expert[r] + penalty, with its gradient: d V_0 / d r are the visits of the soft-optimal policy. Also
-        the largest gradient of an entry, which for a penalty of 0 is a difference of visits."""
-        exact_optimizer.zero_grad()
-        entries = exact_reward()  # (S, outputs)
-        leaf = entries.detach().requires_grad_()
-        rewards = reward_of_table(leaf, inputs, table["arrival"], A)  # (S, A)
+    def objective() -> tuple[float, float]:
+        optimizer.zero_grad()
+        entries = reward()  # (S, outputs)
+        entries.retain_grad()
+        rewards = reward_of_table(entries, inputs, table["arrival"], target_visits.shape[1])  # (S, A)
         with torch.no_grad():
-            visits, value = soft_visits(rewards, table["transition"], table["initial"], gamma, horizon)  # (S, A), ()
-            value = value - (target_visits * rewards).sum() + reward_l2 * leaf.square().sum()
-        rewards.backward(visits - target_visits)
-        gradient = leaf.grad + 2 * reward_l2 * leaf.detach()
-        entries.backward(gradient)
-        return value, gradient.abs().max().item()
+            policy, values = soft_value_iteration(rewards, table["transition"], gamma, horizon)
+            difference = occupancy(policy, table["transition"], table["initial"], gamma) - target_visits  # (S, A)
+        penalty = reward_l2 * entries.square().sum()
+        ((difference * rewards).sum() + penalty).backward()  # not the objective, but its gradient
+        value = table["initial"] @ values[0] - (target_visits * rewards).sum() + penalty
+        return value.item(), entries.grad.abs().max().item()
 
-    bar = trange(exact_step, exact_steps, initial=exact_step, total=exact_steps, desc="exact", disable=not exact_steps)
+    bar = trange(max_calls, desc="exact")
     for call in bar:
-        if interrupts:
-            break
-        exact_optimizer.step(lambda: objective()[0])
-        value, gap = objective()
-        writer.add_scalar("exact/loss", value, call + 1)
-        writer.add_scalar("exact/occupancy_gap", gap, call + 1)
-        bar.set_postfix_str(f"largest difference of visits {gap:.2g}")
-        exact_step = exact_steps if gap <= args.exact_tolerance else call + 1
-        if not math.isfinite(value):
+        optimizer.step(lambda: objective()[0])
+        loss, gap = objective()
+        if not math.isfinite(loss):
             bad_input(f"the exact objective is not finite after {call + 1} times {LBFGS_ITERATIONS} iterations")
-        if (call + 1) % args.save_steps == 0 or exact_step == exact_steps or interrupts:
-            save(run_dir / "checkpoint.pt", first_step)
-        if exact_step == exact_steps:
+        bar.set_postfix_str(f"largest difference of visits {gap:.2g}")
+        if gap <= tolerance:
             break
     bar.close()
+    return loss, gap
 
-    # ---- sampled: Guided Cost Learning. Its first step, the policy's, is the last here: only then are there samples
-    done = first_step
+
+def main_table(
+    args: Args, table: dict, other: dict | None, horizon: int, state: dict | None, start_time: float
+) -> dict[str, float]:
+    """With a table: dynamic programming, and Guided Cost Learning with soft Q-learning for the policy."""
+    # ---- set-up
+    S, A = table["reward"].shape
+    gamma, N = args.gamma or 1.0, args.num_trajectories or 512
+    inputs, model = args.reward_inputs or "next_state", args.reward_model or "linear"
+    peak_lr, reward_l2 = args.learning_rate or (0.3 if model == "linear" else 0.02), args.reward_l2 or 0.0
+    estimators = ("exact", "sampled") if args.estimator in (None, "both") else (args.estimator,)
+    max_steps = args.max_steps if "sampled" in estimators else 0
+    target_visits, expert_visits = table_demonstrations(
+        table, args.demos, args.num_demos, args.reward_scale, gamma, horizon, args.seed
+    )
+    seen = {
+        "next_state": (transposed(table["arrival"]) @ target_visits.flatten())[:, None],
+        "state": target_visits.sum(1, keepdim=True), "state_action": target_visits,
+    }[inputs]  # (S, outputs): how often the demonstrations show each entry  # fmt: skip
+    modules = {}
+    for name in estimators:
+        torch.manual_seed(args.seed)
+        modules[name] = TableReward(model, seen, args.hidden_size)
+    first_step, seconds_before = (state["step"], state["seconds"]) if state else (0, 0.0)
+    run_dir, writer = open_run(args, args.env_id or "lecture", first_step, torch.device("cpu"))
+
+    # ---- exact: the causal model
+    if "exact" in estimators and state:
+        modules["exact"].load_state_dict(state["exact_reward"])
+    elif "exact" in estimators:
+        loss, gap = fit_exact(
+            modules["exact"], inputs, target_visits, table, gamma, horizon, reward_l2, args.exact_tolerance,
+            args.exact_steps,
+        )  # fmt: skip
+        writer.add_scalar("exact/loss", loss, 0)
+        writer.add_scalar("exact/occupancy_gap", gap, 0)
+        save_checkpoint(run_dir / "checkpoint.pt", {
+            "step": 0, "exact_reward": modules["exact"].state_dict(), "seconds": time.time() - start_time,
+        })  # fmt: skip
+
+    # ---- sampled: the non-causal model, by Guided Cost Learning. Q starts at what it is without a reward, the entropy
+    # log A of each later step: at 0, whatever was tried first would look better than the rest
+    left = torch.tensor([sum(gamma**k for k in range(1, horizon - t)) for t in range(horizon)], dtype=torch.float64)
+    q = (math.log(A) * left)[:, None, None].expand(-1, S, A)  # (H, S, A)
+    replay = torch.zeros(0, 2, dtype=torch.long)
+    stored: list[tuple[Tensor, dict]] = []  # the last policies' Q, each with its trajectories
+    env_steps, generator = 0, torch.Generator().manual_seed(args.seed)
+    reward = modules.get("sampled", nn.Linear(1, 1))
+    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
+    if first_step:
+        reward.load_state_dict(state["reward"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        q, replay, stored, env_steps = state["q"], state["replay"], state["stored"], state["env_steps"]
+    next_states, next_logprobs = successors(table["transition"])  # (S*A, K)
+    discounts = gamma ** torch.arange(horizon, dtype=torch.float64)  # (H,)
+    solvable = S * A * horizon <= DIAGNOSTIC_ENTRIES
+    interrupts, done = catch_ctrl_c(), first_step
     bar = trange(first_step, max_steps, initial=first_step, total=max_steps, desc="sampled", disable=not max_steps)
     for step in bar:
         if interrupts:
             break
         # ---- rollout
         step_start = time.time()
-        batch = rollout(step)
+        batch = sample_table(q.softmax(2), next_states, next_logprobs, table["initial"], N, generator)  # (N, H) each
         env_steps += int(batch["mask"].sum())
-        stored = ({name: x.clone() for name, x in policy_state.items()}, batch)
-        memory["iterations"] = [*memory["iterations"], stored][-args.fusion_iterations :]
+        stored = [*stored, (q, batch)][-args.fusion_iterations :]
 
         # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016)
-        stored = memory["iterations"]
-        samples = join_batches([batch for _, batch in stored])  # M = iterations x N trajectories
-        M, mask = len(samples["mask"]), samples["mask"]  # (M, T)
-        with torch.no_grad():
-            if len(stored) == 1:
-                logprobs = samples["logprobs"][..., None]  # (M, T, 1)
-            else:
-                logprobs = torch.stack([logprobs_under(x, samples) for x, _ in stored], -1)  # (M, T, policies)
-            logprobs = torch.where(mask[..., None], logprobs, 0.0)
-        rewards = torch.where(mask, step_rewards(samples), 0.0)  # (M, T)
-        scores, L, discount = rewards.detach(), segment_length or mask.shape[1], 1.0
-        if segment_length:  # with what the step before the segment and the one behind it are worth
-            scores, discount = torch.where(mask, scores + value_differences(samples), 0.0), gamma
-        scores, logprobs, real, returns = (split_segments(x, L) for x in (scores, logprobs, mask, rewards))  # (n, L)
-        discounts = discount ** torch.arange(L)  # (L,)
-        real = real.any(1)
-        scores, returns = (scores * discounts).sum(1)[real], returns.sum(1)[real]  # (n,)
-        logprobs = ((logprobs * discounts[:, None]).sum(1).logsumexp(1) - math.log(len(stored)))[real]  # (n,)
-        weights = importance_weights(scores.double(), logprobs.double())  # (n,)
+        obs, act, mask = (torch.cat([x[name] for _, x in stored]) for name in ("obs", "act", "mask"))  # (M, H)
+        logprobs = torch.stack([x.log_softmax(2)[torch.arange(horizon), obs, act] for x, _ in stored], 2)
+        logprobs = (logprobs * mask[..., None]).sum(1).logsumexp(1) - math.log(len(stored))  # (M,)
+        entries = reward()  # (S, outputs)
+        learned = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
+        returns = (learned[obs, act] * discounts * mask).sum(1)  # (M,)
+        weights = importance_weights(returns.detach(), logprobs)  # (M,)
 
-        # ---- reward: a gradient step on E_expert[r] - log Z
-        lr_share = lr_factor(step, max_steps, 0, args.lr_scheduler_type, args.min_lr_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * lr_share
-        model_return = (weights * returns).sum() * len(weights) / M  # of a whole trajectory
-        expert_mean = expert_mean_return()
-        loss = model_return - expert_mean + reward_l2 * penalty(rewards)
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.stack([p.grad.norm() for p in reward.parameters()]).norm().item()
-        if not math.isfinite(grad_norm):
-            save(run_dir / "nonfinite.pt", step)
-            bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
+        # ---- reward: a gradient step up E_expert[r] - log Z
+        expert_reward = (target_visits * learned).sum()
+        penalty = reward_l2 * entries.square().sum()
+        loss = (weights * returns).sum() - expert_reward + penalty
         logs = {}
-        if solved:
-            gradient = torch.cat([p.grad.flatten() for p in reward.parameters()])
-            logs["train/gradient_cosine"] = F.cosine_similarity(gradient, exact_gradient(), 0).item()
-        optimizer.step()
+        if solvable:  # what its gradient would be with the exact visits of the non-causal model
+            difference = noncausal_visits(learned, table, gamma, horizon) - target_visits  # (S, A)
+            exact_loss = (difference * learned).sum() + penalty
+            exact_gradient = torch.autograd.grad(exact_loss, list(reward.parameters()), retain_graph=True)
+        lr = peak_lr * lr_factor(step, max_steps, 0, args.lr_scheduler_type, args.min_lr_rate)
+        grad_norm = reward_step(reward, optimizer, loss, lr, run_dir, step)
+        if solvable:
+            gradient = [p.grad for p in reward.parameters()]
+            both = (torch.cat([x.flatten() for x in gradients]) for gradients in (gradient, exact_gradient))
+            logs["train/gradient_cosine"] = F.cosine_similarity(*both, 0).item()
 
-        # ---- policy: a step of max-ent RL on the new r - log pi, with this iteration's trajectories
+        # ---- policy: a step of soft Q-learning on the new reward
+        states, actions, arrived = (batch[name][batch["mask"]] for name in ("obs", "act", "next_obs"))  # (n,)
+        replay = remember(replay, (states * A + actions) * (S + 1) + arrived)
         with torch.no_grad():
-            logs |= policy_update(batch, lr_share)
+            learned = reward_of_table(reward(), inputs, table["arrival"], A)  # (S, A)
+            q = soft_q_step(q, learned, replay, gamma, args.soft_q_rate)
 
         # ---- log
-        size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to n
+        true_return = (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum().item() / N
+        size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to M
         logs |= {
-            "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_mean.item(),
-            "train/policy_reward": rewards.sum().item() / M, "train/effective_sample_size": size,
+            "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_reward.item(),
+            "train/policy_reward": returns.mean().item(), "train/effective_sample_size": size,
             "train/effective_sample_share": size / len(weights),
-            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(),
-            "charts/episodic_return": true_returns(batch).mean().item(),
-            "charts/episodic_length": batch["mask"].sum(1).double().mean().item(),
-            "charts/env_steps": env_steps,
-            "charts/learning_rate": peak_lr * lr_share,
-            "charts/SPS": int(batch["mask"].sum()) / (time.time() - step_start),
+            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(), "charts/episodic_return": true_return,
+            "charts/episodic_length": batch["mask"].sum().item() / N, "charts/env_steps": env_steps,
+            "charts/learning_rate": lr, "charts/SPS": batch["mask"].sum().item() / (time.time() - step_start),
         }  # fmt: skip
         for name, value in logs.items():
             writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"return {logs['charts/episodic_return']:.2f}, effective samples {size:.1f}")
+        bar.set_postfix_str(f"return {true_return:.2f}, effective samples {size:.1f}")
 
-        # ---- save
+        # ---- evaluate, save
         done = step + 1
         if done % args.eval_steps == 0 and done < max_steps:
-            for name, value in evaluate(reward).items():
+            for name, value in evaluate_table(learned, table, expert_visits, gamma, horizon).items():
                 writer.add_scalar(f"eval/{name}", value, done)
         if done % args.save_steps == 0 or done == max_steps or interrupts:
-            save(run_dir / "checkpoint.pt", done)
+            save_checkpoint(run_dir / "checkpoint.pt", {
+                "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(), "q": q,
+                "replay": replay, "stored": stored, "generator": generator.get_state(), "env_steps": env_steps,
+                "exact_reward": modules["exact"].state_dict() if "exact" in modules else None,
+                "seconds": seconds_before + time.time() - start_time,
+            })  # fmt: skip
     bar.close()
+    end_training(interrupts, done, max_steps, run_dir)
 
-    signal.signal(signal.SIGINT, old_handler)
-    if interrupts and (exact_step < exact_steps or done < max_steps):
-        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
-        raise SystemExit(130)
-
-    # ---- evaluate, save
-    modules = {name: x for name, x in (("exact", exact_reward), ("sampled", reward)) if estimator in (name, "both")}
+    # ---- the last evaluation, maps, results
     found, rewards, policies = {}, {}, {}
-    for name, module in modules.items():
-        found[name] = evaluate(module)
-        metrics |= {(f"eval/{name}/" if estimator == "both" else "eval/") + key: x for key, x in found[name].items()}
-        if table is not None:
-            with torch.no_grad():
-                entries = module()  # (S, outputs)
-                rewards[name] = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
-            policies[name], _ = soft_value_iteration(rewards[name], table["transition"], gamma, horizon)  # (H, S, A)
+    with torch.no_grad():
+        for name, module in modules.items():
+            entries = module()  # (S, outputs)
+            rewards[name] = learned = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
+            policies[name], _ = soft_value_iteration(learned, table["transition"], gamma, horizon)  # (H, S, A)
+            found[name] = evaluate_table(learned, table, expert_visits, gamma, horizon)
+            if other is not None:  # the same entries under other dynamics
+                moved = reward_of_table(entries, inputs, other["arrival"], A)
+                visits = causal_visits(args.reward_scale * other["reward"], other, gamma, horizon)
+                transferred = evaluate_table(moved, other, visits, gamma, horizon)
+                found[name] |= {f"transfer/{key}": value for key, value in transferred.items()}
             panels = {
                 "true reward": table["cell_reward"],
-                f"learned reward ({name})": entries[:, 0] if inputs == "next_state" else rewards[name].mean(1),
+                f"learned reward ({name})": entries[:, 0] if inputs == "next_state" else learned.mean(1),
                 "expert's visits": expert_visits.sum(1),
-                "learner's visits": causal_visits(rewards[name], table, gamma, horizon).sum(1),
+                "learner's visits": causal_visits(learned, table, gamma, horizon).sum(1),
             }
             writer.add_figure(f"maps/{name}", draw_maps(panels, table["shape"]), done)
-    if estimator == "both":
-        metrics |= {f"eval/{key}": x for key, x in found["sampled"].items()}
-    if table is None:
-        rewards = {**reward.state_dict(), "observation_mean": statistics[0], "observation_std": statistics[1]}
-        policies = policy.state_dict()
-    elif solved:  # how far apart the two models are under these dynamics, for the demonstrator's reward
+    metrics = {"seed": args.seed, "env_steps": env_steps, "wall_seconds": seconds_before + time.time() - start_time}
+    if solvable:  # how far apart the two models are under these dynamics, for the demonstrator's reward
         r = args.reward_scale * table["reward"]
         apart = (causal_visits(r, table, gamma, horizon) - noncausal_visits(r, table, gamma, horizon)).sum(1)  # (S,)
         metrics |= {"eval/causal_gap": apart.abs().sum().item(), "eval/causal_gap_max": apart.abs().max().item()}
-    save_tensors(run_dir / "reward.safetensors", rewards)
-    save_tensors(run_dir / "policy.safetensors", policies)
-    for name, value in metrics.items():
-        writer.add_scalar(name, value, done)
-    metrics |= {"seed": args.seed, "env_steps": env_steps, "wall_seconds": seconds_before + time.time() - start_time}
-    (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
-    writer.close()
-    for key in next(iter(found.values())):
-        print(f"eval/{key}: " + ", ".join(f"{name} {values[key]:.4g}" for name, values in found.items()))
-    print(run_dir)
-    return metrics
+    return finish_run(run_dir, writer, done, found, metrics, rewards, policies)
+
+
+def main_control(
+    args: Args, env_kwargs: dict, horizon: int, state: dict | None, start_time: float
+) -> dict[str, float]:
+    """Without a table: Guided Cost Learning with an actor-critic for the policy."""
+    # ---- set-up
+    device, gamma, N = choose_device(args), args.gamma or 0.99, args.num_trajectories or 16
+    inputs, peak_lr = args.reward_inputs or "state_action", args.learning_rate or 1e-3
+    reward_l2 = 0.01 if args.reward_l2 is None else args.reward_l2
+    envs = [make_env(args.env_id, env_kwargs, args.map_size, args.seed) for _ in range(N)]
+    obs_space, action_space = envs[0].observation_space, envs[0].action_space
+    check_spaces(args.env_id, obs_space, action_space)
+    demos = load_demos(args.demos, args.num_demos, obs_space, action_space) if args.demos is not None else None
+    D, num_actions = obs_space.shape[0], int(action_space.n) if isinstance(action_space, Discrete) else None
+    update = {
+        "gamma": gamma, "gae_lambda": args.gae_lambda, "epochs": args.update_epochs, "epsilon": args.epsilon,
+        "minibatch_size": args.minibatch_size, "max_grad_norm": args.max_grad_norm,
+    }
+    generator, seeds = torch.Generator().manual_seed(args.seed), args.seed * 10**9
+    torch.manual_seed(args.seed)  # of the networks
+    policy = ActorCritic(D, action_space, args.hidden_size).to(device)
+    width = D if inputs == "state" else D + (num_actions or action_space.shape[0])
+    reward = (nn.Linear(width, 1) if args.reward_model == "linear" else mlp(width, 1, args.hidden_size, 0.1)).to(device)
+    first_step, seconds_before = (state["step"], state["seconds"]) if state else (0, 0.0)
+    run_dir, writer = open_run(args, args.env_id, first_step, device)
+
+    # ---- demonstrations, and the normaliser: an expert's angles hardly vary, so uniform actions' states count too
+    count = args.eval_episodes
+    statistics = torch.stack([torch.zeros(D), torch.ones(D)]).to(device)  # (2, D)
+    uniform = sample_episodes(envs, policy, statistics, horizon, count, seeds + UNIFORM_SEEDS, "uniform")
+    random_return, seen = uniform["rew"].sum(1).mean().item(), uniform["obs"][uniform["mask"]]  # seen (steps, D)
+    statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
+    if demos is None and state is None:
+        expert = ActorCritic(D, action_space, args.hidden_size).to(device)
+        train_expert(
+            envs, expert, statistics, horizon, args.reward_scale, args.expert_steps, args.policy_learning_rate,
+            seeds + EXPERT_SEEDS, generator, **update,
+        )
+        made = sample_episodes(envs, expert, statistics, horizon, args.num_demos or 10, seeds + DEMO_SEEDS, "sample")
+        save_demos(run_dir / "demos.npz", made, action_space)
+    if demos is None:
+        demos = load_demos(str(run_dir / "demos.npz"), None, obs_space, action_space)
+    expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
+    mask = demos["mask"]
+    seen = torch.cat([seen, demos["obs"][mask].float()])
+    statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
+    expert_actions = demos["act"].long() if num_actions else unit_actions(demos["act"], action_space)
+    expert_obs = normalise(demos["obs"][mask].to(device), statistics)  # (steps, D)
+    expert_features = step_features(expert_obs, expert_actions[mask].to(device), inputs, num_actions)  # (steps, F)
+    evaluation = {
+        "envs": envs, "policy": policy, "statistics": statistics, "horizon": horizon, "count": count,
+        "first_seed": seeds + EVAL_SEEDS, "expert_return": expert_return, "random_return": random_return,
+    }
+
+    # ---- reward, policy, checkpoint
+    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)
+    stored: list[tuple[dict, dict]] = []  # the last policies' actors, each with its trajectories
+    env_steps = 0
+    if state:
+        reward.load_state_dict(state["reward"])
+        optimizer.load_state_dict(state["optimizer"])
+        policy.load_state_dict(state["policy"])
+        policy_optimizer.load_state_dict(state["policy_optimizer"])
+        generator.set_state(state["generator"])
+        stored, env_steps = state["stored"], state["env_steps"]
+    segment_length = 10 if args.segment_length is None else args.segment_length
+    interrupts, done = catch_ctrl_c(), first_step
+    bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps)
+    for step in bar:
+        if interrupts:
+            break
+        # ---- rollout
+        step_start = time.time()
+        batch = sample_control(envs, policy, statistics, horizon, seeds + step * N, "sample", generator)  # (N, T) each
+        env_steps += int(batch["mask"].sum())
+        actor = {name: x.clone() for name, x in policy.actor.state_dict().items()}
+        stored = [*stored, (actor, batch)][-args.fusion_iterations :]
+
+        # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016)
+        samples = join_batches([x for _, x in stored])  # M = policies x N trajectories
+        M, T = samples["mask"].shape
+        rewards = step_rewards(reward, samples, statistics, inputs, num_actions)  # (M, T)
+        with torch.no_grad():
+            scores, discount = rewards.detach(), 1.0
+            if segment_length:  # with what the steps before a segment and behind it are worth
+                scores, discount = scores + value_differences(policy.critic, samples, statistics, gamma), gamma
+            logprobs = [actor_logprobs(policy, actor, samples, statistics) for actor, _ in stored]  # (M, T) each
+        discounts = discount ** (torch.arange(T) % (segment_length or T))  # (T,)
+        real, returns, scores, *logprobs = (
+            segment_sums(x, segment_length or T)
+            for x in (samples["mask"], rewards, scores * discounts, *(x * discounts for x in logprobs))
+        )  # (n,) each: segments
+        real = real > 0
+        logprobs = torch.stack(logprobs).logsumexp(0) - math.log(len(stored))  # (n,)
+        weights = importance_weights(scores[real].double(), logprobs[real].double())  # (n,)
+
+        # ---- reward: a gradient step up E_expert[r] - log Z, both of whole trajectories
+        expert_rewards = reward(expert_features)  # (steps, 1)
+        expert_reward = expert_rewards.sum().cpu() / len(mask)
+        penalty = expert_rewards.square().sum().cpu() / len(mask) + rewards.square().sum() / M
+        loss = (weights * returns[real]).sum() * len(weights) / M - expert_reward + reward_l2 * penalty
+        lr_share = lr_factor(step, args.max_steps, 0, args.lr_scheduler_type, args.min_lr_rate)
+        grad_norm = reward_step(reward, optimizer, loss, peak_lr * lr_share, run_dir, step)
+
+        # ---- policy: a step of max-ent RL on the new r - log pi, with this iteration's trajectories
+        with torch.no_grad():
+            rewards = step_rewards(reward, batch, statistics, inputs, num_actions)  # (N, T)
+        policy_optimizer.param_groups[0]["lr"] = args.policy_learning_rate * lr_share
+        logs = policy_step(policy, policy_optimizer, batch, rewards, statistics, generator=generator, **update)
+
+        # ---- log
+        true_return = batch["rew"].sum().item() / N
+        size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to n
+        logs |= {
+            "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_reward.item(),
+            "train/policy_reward": returns.sum().item() / M, "train/effective_sample_size": size,
+            "train/effective_sample_share": size / len(weights),
+            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(), "charts/episodic_return": true_return,
+            "charts/episodic_length": batch["mask"].sum().item() / N, "charts/env_steps": env_steps,
+            "charts/learning_rate": peak_lr * lr_share,
+            "charts/SPS": batch["mask"].sum().item() / (time.time() - step_start),
+        }  # fmt: skip
+        for name, value in logs.items():
+            writer.add_scalar(name, value, step + 1)
+        bar.set_postfix_str(f"return {true_return:.2f}, effective samples {size:.1f}")
+
+        # ---- evaluate, save
+        done = step + 1
+        if done % args.eval_steps == 0 and done < args.max_steps:
+            for name, value in evaluate_control(**evaluation).items():
+                writer.add_scalar(f"eval/{name}", value, done)
+        if done % args.save_steps == 0 or done == args.max_steps or interrupts:
+            save_checkpoint(run_dir / "checkpoint.pt", {
+                "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(),
+                "policy": policy.state_dict(), "policy_optimizer": policy_optimizer.state_dict(), "stored": stored,
+                "generator": generator.get_state(), "env_steps": env_steps,
+                "seconds": seconds_before + time.time() - start_time,
+            })  # fmt: skip
+    bar.close()
+    end_training(interrupts, done, args.max_steps, run_dir)
+
+    # ---- the last evaluation, results
+    results = evaluate_control(**evaluation)
+    metrics = {"seed": args.seed, "env_steps": env_steps, "wall_seconds": seconds_before + time.time() - start_time}
+    shared = {"observation_mean": statistics[0], "observation_std": statistics[1]}
+    return finish_run(
+        run_dir, writer, done, {"sampled": results}, metrics, {**reward.state_dict(), **shared},
+        {**policy.state_dict(), **shared},
+    )
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
+    start_time, state = time.time(), None
+    if args.resume is not None:
+        args, state = load_run(args)
+    env_kwargs, transfer = check_irl_args(args)
+    table, limit = load_table(args.env_id, env_kwargs, args.map_size, args.seed)
+    horizon = args.horizon or limit
+    if horizon is None:
+        bad_input(f"--env-id {args.env_id} has no time limit: --horizon must say how long an episode is")
+    if table is None:
+        for flag, needed in (
+            (f"--estimator {args.estimator}", args.estimator in ("exact", "both")),
+            ("--transfer", transfer is not None), ("--reward-inputs next_state", args.reward_inputs == "next_state"),
+        ):  # fmt: skip
+            if needed:
+                bad_input(f"{flag} cannot do without a transition table, and {args.env_id} has no env.unwrapped.P")
+        return main_control(args, env_kwargs, horizon, state, start_time)
+    if args.segment_length:
+        bad_input("--segment-length is for control: with a table, whole episodes are weighted")
+    other = None
+    if transfer is not None:
+        other, _ = load_table(args.env_id, {**env_kwargs, **transfer}, args.map_size, args.seed)
+        if other["reward"].shape != table["reward"].shape:
+            bad_input(f"--transfer {args.transfer} has {len(other['reward'])} states, not {len(table['reward'])}")
+    return main_table(args, table, other, horizon, state, start_time)
 
 
 if __name__ == "__main__":

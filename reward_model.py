@@ -103,7 +103,7 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
-    (4096 there for vocabularies over 65536, but for dpo.py: a pass makes gradients of the embeddings' whole size.)"""
+    (For vocabularies over 65536 there 4096, as a pass makes gradients of the embeddings' whole size; dpo.py 512.)"""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
