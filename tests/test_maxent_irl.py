@@ -419,7 +419,9 @@ def test_the_default_run_recovers_the_lectures_grid(tmp_path, capsys):
     assert metrics["eval/exact/occupancy_gap"] < 1e-3 and metrics["eval/causal_gap"] < 1e-8
     for name in ("expected_value_difference", "expert_return", "random_return", "return", "normalized_score"):
         assert metrics[f"eval/{name}"] == metrics[f"eval/sampled/{name}"]
-        assert f"eval/exact/transfer/{name}" in metrics
+        assert f"transfer/exact/{name}" in metrics
+    best, worst = metrics["transfer/exact/expert_return"], metrics["transfer/exact/old_policy_return"]
+    assert worst < metrics["transfer/exact/return"] <= best + 1e-3
     logs = scalars(folder)
     cosines = [value for _, value in logs["train/gradient_cosine"]]
     assert len(cosines) == args.max_steps and np.median(cosines) > 0.5
