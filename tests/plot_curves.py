@@ -5,6 +5,8 @@
 
 Runs of ppo_llm.py with a reward model on the embedded task are drawn apart (ppo_llm_reward_model.png: the learned
 reward beside the gold one), and runs on a dataset by its name, the policy scripts' in one picture (<dataset>.png).
+Of a table, the picture is maxent_irl.py's own maps, of the last run; of control (<script>_<env-id>.png), curves over
+environment steps.
 """
 
 import json
@@ -43,41 +45,66 @@ CURVES = {  # of each picture: tags, and what to write over them
     },
 }
 DATASET = {"eval/reward": "reward, held-out", "eval/kl": "KL to the initial model, nats"}
+CONTROL = {
+    "maxent_irl": {
+        "charts/episodic_return": "true return of the trajectories",
+        "train/expert_reward - train/policy_reward": "learned reward: expert's minus policy's",
+        "train/effective_sample_size": "effective sample size",
+    },
+    "gail": {
+        "charts/episodic_return": "true return of the trajectories",
+        "eval/normalized_score": "score: 0 uniform actions, 1 expert",
+        "train/reward": "learned reward of a step",
+    },
+}
 
 
 def picture_and_label(saved: dict) -> tuple[str, str]:
     """The picture that a run belongs to, and what its line is called there."""
     script, args = Path(saved["script"]).stem, saved["args"]
-    if args["dataset_name"]:
+    if "env_id" in args:
+        return f"{script}_{args['env_id']}", f"seed {args['seed']}"
+    if args.get("dataset_name"):
         return Path(args["dataset_name"]).stem, f"{script}, seed {args['seed']}"
     if script == "ppo_llm" and args["reward_model_path"]:
         return "ppo_llm_reward_model", f"--kl-coef {args['kl_coef']:g}, seed {args['seed']}"
     return script, f"seed {args['seed']}"
 
 
+def curve(events: EventAccumulator, tag: str, over: str | None) -> list[tuple[float, float]]:
+    """Points of a tag, or of the difference of two, over the step, or over another tag that counts something."""
+    first, *second = ([(event.step, event.value) for event in events.Scalars(name)] for name in tag.split(" - "))
+    points = [(step, value - (dict(second[0])[step] if second else 0.0)) for step, value in first]
+    count = {0: 0} | ({event.step: event.value for event in events.Scalars(over)} if over else {})
+    return [(count[step] if over else step, value) for step, value in points]
+
+
 def main(folders: list[Path]) -> None:
     pictures = defaultdict(list)
+    if not any((folder / "args.json").is_file() for folder in folders):
+        sys.exit("no run folder among the arguments")
     for folder in folders:
         if (folder / "args.json").is_file():
             events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
             events.Reload()
             picture, label = picture_and_label(json.loads((folder / "args.json").read_text()))
+            if "maps/sampled" in events.Tags()["images"]:
+                image = events.Images("maps/sampled")[-1].encoded_image_string
+                (Path(__file__).parent / "curves" / "maxent_irl.png").write_bytes(image)
+                continue
             pictures[picture].append((label, events))
-    if not pictures:
-        sys.exit("no run folder among the arguments")
     for picture, runs in pictures.items():
-        curves = CURVES.get(picture, DATASET)
+        control = CONTROL.get(picture.rpartition("_")[0])
+        curves = control or CURVES.get(picture, DATASET)
+        over = "charts/env_steps" if control else "train/num_tokens" if curves is DATASET else None
         colors = {kind: f"C{i}" for i, kind in enumerate(sorted({label.split(",")[0] for label, _ in runs}))}
         figure = Figure(figsize=(11, 3), layout="constrained")
         for axes, (tag, title) in zip(figure.subplots(1, len(curves)), curves.items()):
             for label, events in sorted(runs, key=lambda run: run[0]):
-                points = [(event.step, event.value) for event in events.Scalars(tag)]
-                if curves is DATASET:  # tokens make runs of several scripts comparable
-                    tokens = {0: 0} | {event.step: event.value for event in events.Scalars("train/num_tokens")}
-                    points = [(tokens[step], value) for step, value in points]
+                points = curve(events, tag, over)
                 options = {"color": colors[label.split(",")[0]]} if "," in label else {}
                 axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else None, label=label, **options)
-            axes.set(title=title, xlabel="tokens sampled" if curves is DATASET else "step")
+            axes.set(title=title, xlabel="environment steps" if control else "tokens sampled" if over else "step")
             axes.grid(alpha=0.3)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
         path = Path(__file__).parent / "curves" / f"{picture}.png"

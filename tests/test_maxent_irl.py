@@ -546,6 +546,21 @@ def test_a_file_that_is_no_npz_is_said_to_be_none(tiny, tmp_path, capsys):
         assert stop.value.code == 2 and "cannot be read as .npz" in capsys.readouterr().err
 
 
+def test_gaussian_actions_outside_the_box_are_clipped(tiny, tmp_path, capsys):
+    """Expert files hold actions as a Gaussian policy drew them; when most lie outside, the file is another space's."""
+    space = gymnasium.make("Pendulum-v1").action_space
+    for act, said in (([1.0, -2.5, 0.0, 0.5], "25% of act lie outside"), ([3.0, -2.5, 4.0, 0.5], "wanted in Box")):
+        path = str(tmp_path / "box.npz")
+        np.savez(path, obs=np.zeros((4, 3), np.float32), act=np.array(act)[:, None], lengths=np.array([4]))
+        try:
+            demos = maxent_irl.load_demos(path, None, gymnasium.make("Pendulum-v1").observation_space, space)
+            assert demos["act"].flatten().tolist() == [1.0, -2.0, 0.0, 0.5]
+        except SystemExit as stop:
+            assert stop.code == 2
+        shown = capsys.readouterr()
+        assert said in shown.out + shown.err
+
+
 def test_nan_observations_are_said(tiny, monkeypatch, capsys):
     real = gymnasium.envs.classic_control.CartPoleEnv.step
 
