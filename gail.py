@@ -12,9 +12,9 @@ the demonstrator's actions fails where its own errors take it; GAIL sees those s
 
     max_pi min_D  - E_pi[log D(s,a)] - E_expert[log(1 - D(s,a))] + lambda H(pi),   D = probability of "policy"
 
-This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) to the letter. An iteration samples trajectories from resets;
-steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477) on the
-cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline.
+This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) to the letter. An iteration samples trajectories from
+resets; steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477)
+on the cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline.
 
     python gail.py                                              # laptop: CartPole, makes its expert first
     python gail.py --demos CartPole-v1.npz --num-demos 10       # from a file
@@ -103,9 +103,9 @@ class Args:
     """S: steps of each of them in an iteration, which starts from resets. None: the time limit, so that trajectories
     are whole. (Code: at least 5,000 steps in all in classic control, 50,000 in MuJoCo.)"""
     reward_form: Literal["positive", "negative", "airl"] = "positive"
-    """The policy's reward. positive: -log D >= 0, the paper's, by which it pays to stay alive. negative: log(1 - D) <= 0
-    (Goodfellow et al. 2014), by which it pays to end, for tasks that end on success (code: favor_zero_expert_reward).
-    airl: log(1 - D) - log D, either sign (Fu et al. 2018, arXiv:1710.11248)."""
+    """The policy's reward. positive: -log D >= 0, the paper's, by which it pays to stay alive, whomever it imitates.
+    negative: log(1 - D) <= 0, by which it pays to end, for tasks that end on success (code: favor_zero_expert_reward).
+    airl: log(1 - D) - log D, of either sign (Fu et al. 2018, arXiv:1710.11248)."""
     hidden_size: int = 100
     """Units of each of the two tanh layers of policy, value network and discriminator (paper)."""
     gamma: float = 0.995
@@ -140,8 +140,8 @@ class Args:
     value_batch_size: int = 256
     """Steps in one gradient step of it."""
     bc_epochs: int = 1000
-    """Passes over 70% of the demonstrated pairs by which behaviour cloning is trained (paper: until the likelihood of the
-    other 30% no longer rises); the best pass of all is kept."""
+    """Passes of behaviour cloning over 70% of the demonstrated pairs; the one with the best likelihood of the other 30%
+    is kept (paper: until that no longer rises)."""
     bc_batch_size: int = 128
     """Pairs in one gradient step of it (paper)."""
     bc_learning_rate: float = 1e-3
@@ -267,8 +267,8 @@ class Policy(nn.Module):
 
 
 def policy_logprobs(outputs: Tensor, actions: Tensor, discrete: bool) -> Tensor:
-    """log pi(a|s) (...) of indices (...), or of actions (..., A) before they are clipped to the Box: what the environment
-    makes of an action belongs to the environment."""
+    """log pi(a|s) (...) of indices (...), or of actions (..., A) before they are clipped to the Box: what becomes of an
+    action is the environment's."""
     if discrete:
         return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
     mean, log_std = outputs.chunk(2, -1)
@@ -286,7 +286,7 @@ def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
 
 
 def select_actions(outputs: Tensor, discrete: bool, mode: str, generator: torch.Generator) -> Tensor:
-    """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or before clipping."""
+    """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or unclipped."""
     if discrete:
         if mode == "greedy":
             return outputs.argmax(-1)
@@ -314,8 +314,8 @@ def observation_statistics(expert_obs: Tensor, other_obs: Tensor) -> Tensor:
 
 
 def discriminator_inputs(obs: Tensor, actions: Tensor, num_actions: int | None) -> Tensor:
-    """What D sees of pairs: normalised observations (..., D), and with them indices as one-hot vectors (num_actions), or
-    actions as the environment takes them. Unclipped ones would give a policy away that meant the same."""
+    """What D sees of pairs: normalised observations (..., D), and with them indices as one-hot vectors (num_actions),
+    or actions as the environment takes them. Unclipped ones would give away a policy that does the same."""
     actions = F.one_hot(actions, num_actions).float() if num_actions else actions.clamp(-1, 1)
     return torch.cat([obs, actions], -1)  # (..., D + A)
 
@@ -327,8 +327,8 @@ def discriminator_loss(
     policy_logits: Tensor, expert_logits: Tensor, entropy_coef: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-E_pi[log D] - E_expert[log(1 - D)] - entropy_coef (E_pi + E_expert)[H(D)], D = sigmoid(logit) the probability of
-    "policy" (Ho and Ermon 2016, eq. 17), from logits (B,) and (n,): finite however sure D is. Each side is a mean, so the
-    optimum is p_pi / (p_pi + p_expert) whatever the numbers of pairs; there, and with both equal, it is 2 log 2."""
+    "policy" (Ho and Ermon 2016, eq. 17), from logits (B,) and (n,): finite however sure D is. Each side is a mean, so
+    the optimum is p_pi / (p_pi + p_expert) whatever the numbers of pairs, and 2 log 2 where both are alike."""
     policy_loss, expert_loss = F.softplus(-policy_logits).mean(), F.softplus(expert_logits).mean()
     entropy = sum((F.softplus(logits) - logits * logits.sigmoid()).mean() for logits in (policy_logits, expert_logits))
     stats = {
@@ -373,8 +373,8 @@ def gae_episodic(
 
 
 def fisher_vector_product(policy: nn.Module, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """v -> (F + damping I) v for flat vectors of parameters: F is the Hessian of the mean KL(old || new) over the states
-    obs (b, D), at new = old, by differentiating twice. The old distribution is a constant."""
+    """v -> (F + damping I) v for flat vectors of parameters: F is the Hessian of the mean KL(old || new) over states
+    (b, D), at new = old, by differentiating twice. The old distribution is a constant."""
     parameters = list(policy.parameters())
     outputs = policy(obs)
     kl = policy_kl(outputs.detach(), outputs, policy.discrete).mean()
@@ -408,9 +408,9 @@ def trpo_step(
     policy: nn.Module, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, fisher_obs: Tensor,
     max_kl: float, cg_iterations: int, cg_damping: float, line_search_steps: int,
 ) -> dict[str, float]:
-    """One step of TRPO (Schulman et al. 2015) on B steps: the natural gradient of E[pi / pi_old A], as long as the KL that
-    its quadratic model allows, then halved until KL(old || new) <= max_kl and the surrogate is better, both on all
-    B states. If no length does, the old parameters are put back, bit for bit."""
+    """One step of TRPO (Schulman et al. 2015) on B steps: the natural gradient of E[pi / pi_old A], as long as the KL's
+    quadratic model allows, then halved until KL(old || new) <= max_kl and the surrogate is better, both on all states.
+    If no length will do, the old parameters are put back, bit for bit."""
     with torch.no_grad():
         old_outputs = policy(obs)  # (B, outputs)
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -477,12 +477,12 @@ def rollout(
     envs: gymnasium.vector.VectorEnv, policy: Policy, statistics: Tensor, steps: int, seed: int, mode: str,
     generator: torch.Generator, one_episode: bool = False,
 ) -> dict[str, Tensor]:
-    """S steps of N environments from a reset with this seed: no environment keeps a state between calls. obs (S+1, N, D),
-    raw; act (S, N) or (S, N, A), before clipping; logprobs, stored when acting; true rew, mask, terminated and truncated
-    (S, N). obs[t+1] is what step t led to, at the end of an episode its last observation.
+    """S steps of N environments from a reset with this seed: no state is kept between calls. obs (S+1, N, D), raw; act
+    (S, N) or (S, N, A), before clipping; logprobs, stored when acting; true rew, mask, terminated, truncated (S, N).
+    obs[t+1] is what step t led to: at the end of an episode its last observation, before any reset.
 
-    The step after an end is Gymnasium's reset, in which the action is ignored: no data, so mask is False. An episode that
-    is cut off after S steps is truncated. one_episode: mask the first of each environment only; stop when all ended."""
+    In the step after an end Gymnasium resets and ignores the action: that is no data, so mask is False. An episode that
+    is cut off after S steps is truncated. one_episode: mask only the first of each environment; stop when all ended."""
     space, device = envs.single_action_space, statistics.device
     observed = [torch.from_numpy(envs.reset(seed=seed)[0]).float()]
     outputs, columns, live = [], [], np.ones(envs.num_envs, dtype=bool)
@@ -520,12 +520,12 @@ def mean_return(batch: dict[str, Tensor]) -> float:
 
 def train_expert(
     envs: gymnasium.vector.VectorEnv, policy: Policy, value: nn.Module, statistics: Tensor, num_steps: int,
-    iterations: int, first_seed: int, gamma: float, gae_lambda: float, fisher_fraction: float, learning_rate: float,
-    trpo_flags: dict, value_flags: dict, generator: torch.Generator,
+    total_timesteps: int, first_seed: int, gamma: float, gae_lambda: float, fisher_fraction: float,
+    learning_rate: float, trpo_flags: dict, value_flags: dict, generator: torch.Generator,
 ) -> None:
     """TRPO on the true reward: main's loop without a discriminator."""
     optimizer = torch.optim.Adam(value.parameters(), lr=learning_rate)
-    bar = trange(iterations, desc="expert")
+    bar = trange(math.ceil(total_timesteps / (envs.num_envs * num_steps)), desc="expert")
     for step in bar:
         batch = rollout(envs, policy, statistics, num_steps, first_seed + step * envs.num_envs, "sample", generator)
         mask, ends = batch["mask"], (batch["terminated"], batch["truncated"])
@@ -547,7 +547,8 @@ def write_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Sp
     mask = batch["mask"].t()  # (N, S)
     act = batch["act"] if isinstance(action_space, Discrete) else space_actions(batch["act"].clamp(-1, 1), action_space)
     columns = {"obs": batch["obs"][:-1], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
-    np.savez(path, lengths=mask.sum(1).numpy(), **{name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()})
+    columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}
+    np.savez(path, lengths=mask.sum(1).numpy(), **columns)
 
 
 # ---- behaviour cloning -----------------------------------------------------------------------------------------------
@@ -560,8 +561,8 @@ def clone_behaviour(
     policy: Policy, obs: Tensor, actions: Tensor, epochs: int, batch_size: int, learning_rate: float,
     generator: torch.Generator,
 ) -> float:
-    """Maximise the likelihood of the demonstrated actions of states obs (n, D) (Pomerleau 1989), and keep the parameters
-    of the best pass: its mean log-likelihood of the pairs that were held out."""
+    """Maximise the likelihood of the demonstrated actions in states obs (n, D) (Pomerleau 1989); the parameters of the
+    best pass are kept, and its mean log-likelihood of the pairs that were held out returned."""
     order = torch.randperm(len(obs), generator=generator).to(obs.device)
     count = max(1, int(BC_TRAIN_SHARE * len(obs)))
     train, held_out = order[:count], order[count:] if len(obs) > 1 else order
@@ -676,7 +677,7 @@ def choose_device(args: Args) -> torch.device:
 
 
 def lasting(history: list[list[float]], threshold: float) -> list[float] | None:
-    """The first evaluation [environment steps, CPU seconds, score, return] from which the score stays at or above threshold."""
+    """The first evaluation [environment steps, CPU seconds, score, return] from which the score stays >= threshold."""
     below = [i for i, (_, _, score, _) in enumerate(history) if not score >= threshold]
     first = below[-1] + 1 if below else 0
     return history[first] if first < len(history) else None
@@ -696,16 +697,17 @@ def main(args: Args) -> dict[str, float]:
     device = choose_device(args)
     check_ranges(
         args, ["save_steps", "num_demos", "subsample", "expert_timesteps", "total_timesteps", "num_envs", "num_steps",
-               "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_fraction", "learning_rate", "value_learning_rate",
-               "value_epochs", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate", "eval_steps",
-               "eval_episodes"],
+               "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_fraction", "learning_rate", "value_epochs",
+               "value_learning_rate", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate",
+               "eval_steps", "eval_episodes"],
         ["gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_steps", "discriminator_entropy",
          "gradient_penalty"],
     )  # fmt: skip
     for name, limit in (("gamma", 1 - 1e-6), ("gae_lambda", 1), ("fisher_fraction", 1)):
         if getattr(args, name) > limit:
             bad_input(f"--{name.replace('_', '-')} must be at most {limit}, not {getattr(args, name)}")
-    N, envs, eval_envs = args.num_envs, make_envs(args.env_id, args.num_envs), make_envs(args.env_id, args.eval_episodes)
+    N = args.num_envs
+    envs, eval_envs = make_envs(args.env_id, N), make_envs(args.env_id, args.eval_episodes)
     spaces = envs.single_observation_space, envs.single_action_space
     check_spaces(args.env_id, *spaces)
     num_actions = int(spaces[1].n) if isinstance(spaces[1], Discrete) else None
@@ -718,7 +720,9 @@ def main(args: Args) -> dict[str, float]:
         bad_input("--constant-action makes demonstrations, and --demos reads them: give one of the two")
     # A Gaussian expert's actions are recorded before the environment clips them: some lie outside of the Box
     file_spaces = spaces[0], spaces[1] if num_actions else Box(-np.inf, np.inf, spaces[1].shape)
-    demos = load_demos(args.demos, args.num_demos, *file_spaces) if args.demos is not None else None
+    demos = load_demos(args.demos, None, *file_spaces) if args.demos is not None else None
+    if demos is not None and args.num_demos > len(demos["mask"]):
+        bad_input(f"--num-demos {args.num_demos}, but {args.demos} has {len(demos['mask'])} episodes")
     num_steps = args.num_steps or episode_steps
     iterations = math.ceil(args.total_timesteps / (N * num_steps))
     run_dir, writer = open_run(args, args.env_id, state["step"] if state else 0, device)
@@ -749,9 +753,9 @@ def main(args: Args) -> dict[str, float]:
             if args.constant_action is None:
                 expert_value = mlp(D, 1, args.hidden_size, 0.01).to(device)
                 train_expert(
-                    envs, expert, expert_value, statistics, num_steps, math.ceil(args.expert_timesteps / (N * num_steps)),
-                    first_seed + EXPERT_SEEDS, args.gamma, args.gae_lambda, args.fisher_fraction,
-                    args.value_learning_rate, trpo_flags, value_flags, generator,
+                    envs, expert, expert_value, statistics, num_steps, args.expert_timesteps, first_seed + EXPERT_SEEDS,
+                    args.gamma, args.gae_lambda, args.fisher_fraction, args.value_learning_rate, trpo_flags,
+                    value_flags, generator,
                 )
             else:
                 expert.net[-1].weight.data.zero_()
@@ -766,13 +770,13 @@ def main(args: Args) -> dict[str, float]:
     demos = {name: x[: args.num_demos] for name, x in demos.items() if x is not None}
     kept = subsample_demos(demos["mask"], args.subsample, torch.Generator().manual_seed(args.seed))  # (N, T)
     expert_actions = demos["act"][kept].long() if num_actions else unit_actions(demos["act"][kept], spaces[1])
-    expert_obs, expert_actions = demos["obs"][kept].float().to(device), expert_actions.to(device)  # (n, D), (n,) or (n, A)
+    expert_obs, expert_actions = demos["obs"][kept].float().to(device), expert_actions.to(device)  # (n, D), (n, ...)
 
     # ---- normaliser, behaviour cloning, or the state of a checkpoint
     env_steps, cpu_seconds, first_step, seconds_before, history = 0, 0.0, 0, 0.0, []
     if state is None:
-        # Fixed before training: under a running normaliser the same parameters are another policy after each update,
-        # and neither KL(old || new) nor the stored log-probabilities mean what they say. The expert's observations alone
+        # Fixed before training: under a running normaliser the same parameters are another policy after each update, so
+        # that neither KL(old || new) nor stored log-probabilities mean what they say. The expert's observations alone
         # hardly vary where it is good (a pole's angle), so those of uniform actions count as much.
         statistics = observation_statistics(expert_obs, uniform_obs)
         random_return = mean_return(uniform)
@@ -789,7 +793,8 @@ def main(args: Args) -> dict[str, float]:
         optimizer.load_state_dict(state["optimizer"])
         value_optimizer.load_state_dict(state["value_optimizer"])
         generator.set_state(state["generator"])
-        statistics, random_return, bc_return = state["statistics"].to(device), state["random_return"], state["bc_return"]
+        statistics, random_return, bc_return = (state[name] for name in ("statistics", "random_return", "bc_return"))
+        statistics = statistics.to(device)
         first_step, env_steps, history = state["step"], state["env_steps"], state["history"]
         cpu_seconds, seconds_before = state["cpu_seconds"], state["seconds"]
     expert_inputs = discriminator_inputs(normalise(expert_obs, statistics), expert_actions, num_actions)  # (n, D + A)
@@ -831,7 +836,7 @@ def main(args: Args) -> dict[str, float]:
         with torch.no_grad():
             learned = imitation_reward(discriminator(policy_inputs)[:, 0], args.reward_form)  # (B,)
             rewards[mask] = learned - args.ent_coef * logprobs
-            values = value(all_obs)[..., 0] / (1 - args.gamma)  # (S+1, N); the network says (1 - gamma) V, a mean reward
+            values = value(all_obs)[..., 0] / (1 - args.gamma)  # (S+1, N): the network says (1 - gamma) V
 
         # ---- advantage
         advantages, returns = gae_episodic(rewards, values[:-1], values[1:], *ends, args.gamma, args.gae_lambda)
