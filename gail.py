@@ -20,7 +20,8 @@ on the cost log D of the *new* D, with lambda times the causal entropy; last, it
     python gail.py --demos CartPole-v1.npz --num-demos 10       # from a file
     python gail.py --constant-action 0 --reward-form airl       # the control: who imitates a demonstrator that fails?
     python gail.py --env-id Acrobot-v1 --reward-form negative --num-demos 4
-    python gail.py --env-id HalfCheetah-v4 --demos HalfCheetah-v4_expert.npz --num-demos 2 --total-timesteps 5000000
+    python gail.py --env-id HalfCheetah-v4 --demos HalfCheetah-v4_expert.npz --num-demos 2 --total-timesteps 5000000 \\
+        --num-envs 5 --learning-rate 0.001 --gradient-penalty 1 --eval-steps 50     # pip install "gymnasium[mujoco]"
     python gail.py --resume runs/<run folder>                   # goes on exactly where the last checkpoint stood
 
 Shapes: N environments, S steps of each; B = the steps of them that are data, flattened; D numbers of an observation; A
@@ -133,7 +134,7 @@ class Args:
     """Coefficient of D's entropy, which keeps it from certainty (code: reward_ent_reg_weight)."""
     gradient_penalty: float = 0.0
     """Coefficient of (|gradient of the logit| - 1)^2 between pairs of both kinds (arXiv:1704.00028; for imitation, 10,
-    arXiv:1809.02925)."""
+    arXiv:1809.02925). Where the two are easily told apart, as in MuJoCo, D is otherwise soon certain, and flat."""
     value_learning_rate: float = 1e-3
     """Learning rate of the value network (Adam)."""
     value_epochs: int = 5
