@@ -26,6 +26,7 @@ TINY = {
     "dpo": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
     "reward_model": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
     "maxent_irl": {"max_steps": 1, "exact_steps": 1},
+    "gail": {"constant_action": 0, "total_timesteps": 1, "bc_epochs": 1},
 }  # fmt: skip
 # A second one, where one run does not write them all.
 TINY_TOO = {
