@@ -1,7 +1,7 @@
 """How long maxent_irl.py and gail.py take, and the same methods of the library imitation: interleaved in one run.
 
     python tests/bench_control.py --method maxent_irl --peer-python ~/venvs/imitation/bin/python
-    python tests/bench_control.py --method gail --demos CartPole-v1.npz --peer-python ~/venvs/imitation/bin/python
+    python tests/bench_control.py --method gail --peer-python ~/venvs/imitation/bin/python [--demos CartPole-v1.npz]
 
 The peer's interpreter needs imitation 1.0.1, which takes gymnasium 0.29. Without it our side runs alone.
 
@@ -17,15 +17,16 @@ the fastest of 0.01 (its default, 7 times as long) to 1; SGD with momentum is no
 Last, ours alone: a FrozenLake map of 100 x 100 states, not slippery, horizon 400, with such a random reward, at most 80
 iterations. MCEIRL needs a dense transition (S, A, S), which alone would take 3.2 GB.
 
-gail: CartPole-v1 from the file's first 10 episodes. Ours: gail.py with its defaults (TRPO; every 20th step of each
-episode). The peer: imitation's GAIL as its tutorial sets it up for a CartPole of fixed length: 8 environments; PPO with
-batches of 64, 5 epochs, gamma 0.95, learning rate 4e-4; 8 discriminator steps a round on 1024 pairs of either kind, the
-policy's from a buffer of 512; RunningNorm; all steps of the episodes. One setting is not its own: PPO takes 256 steps
-of each environment a round, not 2048, with which neither of two seeds got to 0.9 in 100,000 steps. No logs. After each
-round the policy's mode is evaluated on 50 episodes, and its return scored: 0 a uniform policy, 1 the expert. Reported:
-CPU seconds and environment steps up to the first evaluation from which on every score is at least 0.9 ("for good"), and
-up to the first such score, whatever came after. A run that never gets there counts as infinitely long (null in JSON).
-Seconds are those of training: without evaluations, logs, demonstrations, and our side's behaviour cloning.
+gail: CartPole-v1 from the file's first 10 episodes, or 10 of an expert that gail.py trains before. Ours: gail.py with
+its defaults (TRPO; every 20th step of each episode). The peer: imitation's GAIL as its tutorial sets it up for a
+CartPole of fixed length: 8 environments; PPO with batches of 64, 5 epochs, gamma 0.95, learning rate 4e-4; 8
+discriminator steps a round on 1024 pairs of either kind, the policy's from a buffer of 512; RunningNorm; all steps of
+the episodes. One setting is not its own: PPO takes 256 steps of each environment a round, not 2048, with which neither
+of two seeds got to 0.9 in 100,000 steps. No logs. After each round the policy's mode is evaluated on 50 episodes, and
+its return scored: 0 a uniform policy, 1 the expert. Reported: CPU seconds and environment steps up to the first
+evaluation from which on every score is at least 0.9 ("for good"), and up to the first such score, whatever came after.
+A run that never gets there counts as infinitely long (null in JSON). Seconds are those of training: without
+evaluations, logs, demonstrations, and our side's behaviour cloning.
 
 Each side is a process of its own, on the same single core with one thread; they take turns, a repetition (seed) each.
 Seconds are the process's CPU seconds without imports; maxent_irl's first repetition warms up and does not count. All
@@ -157,9 +158,10 @@ def gail_peer(job: dict) -> dict:
     with np.load(job["demos"]) as file:
         lengths = file["lengths"][:NUM_DEMOS]
         steps = int(lengths.sum())
-        obs, acts, next_obs = (file[key][:steps] for key in ("obs", "act", "next_obs"))
-        ends = np.isin(np.arange(steps), (lengths.cumsum() - 1)[file["terminal"][:NUM_DEMOS].astype(bool)])
-    demonstrations = Transitions(obs=obs, acts=acts, next_obs=next_obs, dones=ends, infos=np.array([{}] * steps))
+        obs, acts = (file[key][:steps] for key in ("obs", "act"))
+    demonstrations = Transitions(  # its reward net sees neither next_obs nor dones
+        obs=obs, acts=acts, next_obs=obs, dones=np.zeros(steps, dtype=bool), infos=np.array([{}] * steps)
+    )
     venv = make_vec_env(ENV_ID, rng=np.random.default_rng(job["seed"]), n_envs=NUM_ENVS)
     learner = PPO(
         "MlpPolicy", venv, n_steps=PEER_N_STEPS, batch_size=64, ent_coef=0.0, learning_rate=4e-4, gamma=0.95,
@@ -274,6 +276,11 @@ def bench_irl(pythons: dict[str, str], options: argparse.Namespace, folder: str)
 
 def bench_gail(pythons: dict[str, str], options: argparse.Namespace, folder: str) -> dict:
     runs: dict[str, list[dict]] = {side: [] for side in pythons}
+    if options.demos is None:
+        import gail
+
+        gail.main(gail.Args(env_id=ENV_ID, num_demos=NUM_DEMOS, total_timesteps=1, output_dir=f"{folder}/expert"))
+        (options.demos,) = Path(folder, "expert").glob("*/demos.npz")
     job = {"demos": str(Path(options.demos).resolve()), "total_timesteps": options.total_timesteps}
     with ExitStack() as stack:
         workers = {side: Worker(python, "gail", side, folder, stack) for side, python in pythons.items()}
@@ -317,12 +324,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=WORKERS, required=True)
     parser.add_argument("--seeds", type=int, default=5, help="counted repetitions of each side")
-    parser.add_argument("--demos", help="gail: the .npz file of CartPole-v1 demonstrations")
+    parser.add_argument("--demos", help="gail: an .npz file of CartPole-v1 demonstrations")
     parser.add_argument("--total-timesteps", type=int, default=100_000, help="gail: environment steps of a run")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has imitation")
     options = parser.parse_args()
-    if options.method == "gail" and options.demos is None:
-        parser.error("--method gail needs --demos")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, which ends the workers and clears the folder
     code = "import importlib.metadata, imitation; print('imitation', importlib.metadata.version('imitation'))"
     found = subprocess.run([options.peer_python, "-c", code], capture_output=True, text=True)
