@@ -786,12 +786,12 @@ def load_run(args: Args) -> tuple[Args, dict]:
         bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
     try:
         saved = json.loads((folder / "args.json").read_text())
-        script, flags = saved["script"], {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
+        if saved["script"] != Path(__file__).name:
+            bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
         saved_args = Args(**{**flags, "resume": args.resume})
     except (ValueError, KeyError, TypeError) as error:
         bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
-    if script != Path(__file__).name:
-        bad_input(f"--resume {folder} is a run of {script}, not of {Path(__file__).name}")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
             bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
@@ -805,10 +805,10 @@ def load_run(args: Args) -> tuple[Args, dict]:
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
     for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in not_negative:
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
 
 

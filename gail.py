@@ -14,7 +14,8 @@ the demonstrator's actions fails where its own errors take it; GAIL sees those s
 
 This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) to the letter. An iteration samples trajectories from
 resets; steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477)
-on the cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline.
+on the cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline. From the authors'
+code comes one more term, a little entropy for D.
 
     python gail.py                                              # laptop: CartPole, makes its expert first
     python gail.py --demos CartPole-v1.npz --num-demos 10       # from a file
@@ -28,10 +29,10 @@ Shapes: N environments, S steps of each; B = the steps of them that are data, fl
 actions, or numbers of one; n demonstrated pairs. `mask` (S, N) is True where a step was taken, not a reset.
 
 Where it differs from the authors' code (github.com/openai/imitation): there the policy steps first, on the cost of the
-D before this iteration's step; the line search allows twice the KL and keeps its last try when all failed; the value
-network, itself fitted by a KL-limited natural gradient, sees the time, and nothing follows a time limit; D has the
-opposite sign (1 is the expert) and for discrete actions an output for each; the normalisers are running ones, one for
-each network.
+D before this iteration's step; the line search allows twice the KL, wants a tenth of the linear gain, and keeps its
+last try when all failed; the value network, itself fitted by a KL-limited natural gradient to Monte Carlo sums without
+the entropy, sees the time, and nothing follows a time limit; D has the opposite sign (1 is the expert) and for discrete
+actions an output for each; the normalisers are running ones, one for each network.
 
 Deliberately not here: images, recurrent policies, replay buffers (off-policy), several processes, PPO or SAC in the
 place of TRPO, rewards of transitions (AIRL's shaping). See HumanCompatibleAI/imitation.
@@ -43,7 +44,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, Literal, NoReturn
@@ -101,8 +101,8 @@ class Args:
     num_envs: int = 6
     """N: environments that step together."""
     num_steps: int | None = None
-    """S: steps of each of them in an iteration, which starts from resets. None: the time limit, so that trajectories
-    are whole. (Code: at least 5,000 steps in all in classic control, 50,000 in MuJoCo.)"""
+    """S: steps of each of them in an iteration, which starts from resets; the last trajectory is cut off there. None:
+    the time limit, so that the first is whole. (Code: at least 5,000 steps in classic control, 50,000 in MuJoCo.)"""
     reward_form: Literal["positive", "negative", "airl"] = "positive"
     """The policy's reward. positive: -log D >= 0, the paper's, by which it pays to stay alive, whomever it imitates.
     negative: log(1 - D) <= 0, by which it pays to end, for tasks that end on success (code: favor_zero_expert_reward).
@@ -125,11 +125,13 @@ class Args:
     line_search_steps: int = 10
     """Halvings of a step after which the old policy is kept (code)."""
     ent_coef: float = 0.0
-    """lambda of the causal entropy: -lambda log pi is added to the reward of each step (paper: 0 but for Reacher)."""
+    """lambda of the causal entropy: -lambda log pi is added to the reward of each step (paper: 0 but for Reacher). With
+    Box actions, which are clipped, a large one lets the variance grow for ever."""
     learning_rate: float = 0.005
     """Learning rate of the discriminator (Adam; code: 0.01)."""
     discriminator_steps: int = 1
-    """Gradient steps of the discriminator in an iteration, each on all pairs (paper and code)."""
+    """Gradient steps of the discriminator in an iteration, each on all pairs (paper; code: on as many of the expert's,
+    drawn anew, as of the policy's)."""
     discriminator_entropy: float = 0.001
     """Coefficient of D's entropy, which keeps it from certainty (code: reward_ent_reg_weight)."""
     gradient_penalty: float = 0.0
@@ -153,7 +155,8 @@ class Args:
     eval_steps: int = 1
     """Iterations from one evaluation to the next; there is always one after the last."""
     eval_episodes: int = 50
-    """Episodes of an evaluation, without sampling of actions (paper: 50)."""
+    """Episodes of an evaluation, without sampling of actions (paper: 50). The expert's return is that of all its
+    episodes, which may have been sampled."""
 
 
 def bad_input(message: str) -> NoReturn:
@@ -172,7 +175,7 @@ def make_envs(env_id: str, num_envs: int) -> gymnasium.vector.VectorEnv:
         # Gymnasium's checker would test every step
         envs = gymnasium.make_vec(env_id, num_envs, **({} if own else {"disable_env_checker": True}))
     except Exception as error:  # of whatever kind the environment's own code raises; it names what to install
-        bad_input(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}")
+        bad_input(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
     if envs.metadata.get("autoreset_mode") != gymnasium.vector.AutoresetMode.NEXT_STEP:
         bad_input(f"--env-id {env_id} does not reset in the step after an end, as Gymnasium's environments do")
     return envs
@@ -181,10 +184,13 @@ def make_envs(env_id: str, num_envs: int) -> gymnasium.vector.VectorEnv:
 def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
     """Spaces that the networks can take."""
     if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
-        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a Box of one dimension")
-    bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
-    if not isinstance(action_space, Discrete) and not bounded:
-        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete or a bounded Box of one dimension")
+        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a 1-D Box")
+    usable = isinstance(action_space, Discrete) and action_space.start == 0
+    if isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.dtype.kind == "f":
+        width = action_space.high - action_space.low
+        usable = bool((np.isfinite(width) & (width > 0)).all())
+    if not usable:
+        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete from 0 or a bounded 1-D Box")
 
 
 def load_demos(
@@ -194,7 +200,7 @@ def load_demos(
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a plain .npy
+    except Exception as error:  # a broken archive raises one of many kinds
         bad_input(f"--demos {path} cannot be read as .npz without pickles: {error}")
     for key in ("obs", "act", "lengths"):
         if key not in data:
@@ -210,8 +216,9 @@ def load_demos(
         values, wanted = data[key], (steps, *(() if space is None else space.shape))
         if values.shape != wanted:
             bad_input(f"--demos {path}: {key} has shape {values.shape}, wanted {wanted}: lengths add up to {steps}")
-        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        if values.dtype.kind not in "iuf" or not np.isfinite(values.astype(np.float32)).all():
             bad_input(f"--demos {path}: {key} has entries that are no finite numbers")
+        data[key] = values = values.astype(np.float32)
         if isinstance(space, Discrete):
             outside, form = (values < 0) | (values >= space.n) | (values != np.floor(values)), "integers "
         elif key == "act":
@@ -369,7 +376,7 @@ def gae_episodic(
     """Advantages and returns (S, N) of S steps of N environments (Schulman et al. 2016, eq. 16). next_values are of the
     observation before any reset: after the last step of a truncated episode there would have been more, after that of a
     terminated one there is nothing. No advantage looks past the end of its episode."""
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
         following = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, following)
@@ -490,7 +497,7 @@ def rollout(
     In the step after an end Gymnasium resets and ignores the action: that is no data, so mask is False. An episode that
     is cut off after S steps is truncated. one_episode: mask only the first of each environment; stop when all ended."""
     space, device = envs.single_action_space, statistics.device
-    observed = [torch.from_numpy(envs.reset(seed=seed)[0]).float()]
+    observed = [torch.tensor(envs.reset(seed=seed)[0], dtype=torch.float32)]
     outputs, columns, live = [], [], np.ones(envs.num_envs, dtype=bool)
     for t in range(steps):
         outputs.append(policy(normalise(observed[-1].to(device), statistics)).cpu())  # (N, outputs)
@@ -499,7 +506,7 @@ def rollout(
         obs, reward, terminated, truncated, _ = envs.step(to_env.numpy())
         if not np.isfinite(obs).all():
             bad_input(f"--env-id: an observation of the environment is not finite in step {t + 1} of a rollout")
-        observed.append(torch.from_numpy(obs).float())
+        observed.append(torch.tensor(obs, dtype=torch.float32))
         columns.append((actions, *(torch.from_numpy(x.copy()) for x in (reward, live, terminated, truncated))))
         live = ~(terminated | truncated) & (live | (not one_episode))
         if not live.any() and one_episode:
@@ -514,14 +521,10 @@ def rollout(
     return {name: x.to(device) for name, x in batch.items()}
 
 
-def episodes(batch: dict[str, Tensor]) -> int:
-    """Number of a rollout's episodes, those among them that are cut off at its end."""
-    return int(((batch["terminated"] | batch["truncated"]) & batch["mask"]).sum())
-
-
-def mean_return(batch: dict[str, Tensor]) -> float:
-    """Mean true return of a rollout's episodes."""
-    return (batch["rew"] * batch["mask"]).sum().item() / max(1, episodes(batch))
+def mean_return_and_length(batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Mean true return and length of the first episode of each environment of a rollout: later ones may be cut off."""
+    first = batch["mask"] & (~batch["mask"]).cumsum(0).eq(0)  # (S, N)
+    return (batch["rew"] * first).sum().item() / first.shape[1], first.sum().item() / first.shape[1]
 
 
 def trpo_expert(
@@ -543,7 +546,7 @@ def trpo_expert(
         data = (x[mask] for x in (batch["act"], batch["logprobs"], advantages))
         trpo_step(policy, obs, *data, generator=generator, **trpo_flags)
         fit_value(value, optimizer, obs, returns[mask] * (1 - gamma), generator=generator, **value_flags)
-        bar.set_postfix_str(f"return {mean_return(batch):.1f}")
+        bar.set_postfix_str(f"return {mean_return_and_length(batch)[0]:.1f}")
 
 
 def write_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Space) -> None:
@@ -640,12 +643,12 @@ def load_run(args: Args) -> tuple[Args, dict]:
         bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
     try:
         saved = json.loads((folder / "args.json").read_text())
-        script, flags = saved["script"], {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
+        if saved["script"] != Path(__file__).name:
+            bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
         saved_args = Args(**{**flags, "resume": args.resume})
     except (ValueError, KeyError, TypeError) as error:
         bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
-    if script != Path(__file__).name:
-        bad_input(f"--resume {folder} is a run of {script}, not of {Path(__file__).name}")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
             bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
@@ -659,10 +662,10 @@ def load_run(args: Args) -> tuple[Args, dict]:
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
     for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in not_negative:
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
 
 
@@ -705,7 +708,8 @@ def main(args: Args) -> dict[str, float]:
                "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_states", "learning_rate", "value_epochs",
                "value_learning_rate", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate",
                "discriminator_steps", "eval_steps", "eval_episodes"],
-        ["gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy", "gradient_penalty"],
+        ["seed", "gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy",
+         "gradient_penalty"],
     )  # fmt: skip
     if args.gamma >= 1 or args.gae_lambda > 1:
         bad_input(f"--gamma {args.gamma} must be below 1, and --gae-lambda {args.gae_lambda} at most 1")
@@ -725,6 +729,8 @@ def main(args: Args) -> dict[str, float]:
     if demos is not None and args.num_demos > len(demos["mask"]):
         bad_input(f"--num-demos {args.num_demos}, but {args.demos} has {len(demos['mask'])} episodes")
     num_steps = args.num_steps or episode_steps
+    if N * num_steps < 2:
+        bad_input("--num-envs 1 --num-steps 1: one advantage has no standard deviation")
     iterations = math.ceil(args.total_timesteps / (N * num_steps))
     run_dir, writer = open_run(args, args.env_id, state["step"] if state else 0, device)
 
@@ -779,12 +785,13 @@ def main(args: Args) -> dict[str, float]:
         # that neither KL(old || new) nor stored log-probabilities mean what they say. The expert's observations alone
         # hardly vary where it is good (a pole's angle), so those of uniform actions count as much.
         statistics = observation_statistics(expert_obs, uniform_obs)
-        random_return = mean_return(uniform)
+        random_return, _ = mean_return_and_length(uniform)
         inputs = normalise(expert_obs, statistics)
         flags = args.bc_epochs, args.bc_batch_size, args.bc_learning_rate
         clone_behaviour(clone, inputs, expert_actions, *flags, torch.Generator().manual_seed(args.seed))
         seed = first_seed + EVAL_SEEDS
-        bc_return = mean_return(rollout(eval_envs, clone, statistics, episode_steps, seed, "greedy", generator, True))
+        batch = rollout(eval_envs, clone, statistics, episode_steps, seed, "greedy", generator, True)
+        bc_return, _ = mean_return_and_length(batch)
         if args.bc_warm_start:
             policy.load_state_dict(clone.state_dict())
     else:
@@ -855,23 +862,24 @@ def main(args: Args) -> dict[str, float]:
         # ---- log
         done, env_steps = step + 1, env_steps + len(obs)
         cpu_seconds += time.process_time() - cpu_start
+        episodic_return, episodic_length = mean_return_and_length(batch)
         logs |= {
             "losses/explained_variance": explained.item(), "train/reward": learned.mean().item(),
             "train/entropy": -logprobs.mean().item(), "charts/learning_rate": args.learning_rate,
-            "charts/episodic_return": mean_return(batch), "charts/episodic_length": len(obs) / episodes(batch),
+            "charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length,
             "charts/env_steps": env_steps, "charts/cpu_seconds": cpu_seconds,
             "charts/SPS": len(obs) / (time.time() - step_start),
         }  # fmt: skip
         if done % args.eval_steps == 0 or done == iterations:
             seed = first_seed + EVAL_SEEDS
             batch = rollout(eval_envs, policy, statistics, episode_steps, seed, "greedy", generator, True)
-            logs["eval/return"] = mean_return(batch)
+            logs["eval/return"], _ = mean_return_and_length(batch)
             margin = expert_return - random_return or math.nan
             logs["eval/normalized_score"] = (logs["eval/return"] - random_return) / margin
             history.append([env_steps, cpu_seconds, logs["eval/normalized_score"], logs["eval/return"]])
         for name, x in logs.items():
             writer.add_scalar(name, x, done)
-        bar.set_postfix_str(f"return {logs['charts/episodic_return']:.1f}, expert's {expert_return:.1f}")
+        bar.set_postfix_str(f"return {episodic_return:.1f}, expert's {expert_return:.1f}")
 
         # ---- save
         if done % args.save_steps == 0 or done == iterations or interrupts:
@@ -890,8 +898,8 @@ def main(args: Args) -> dict[str, float]:
         raise SystemExit(130)
 
     # ---- results
-    save_tensors(run_dir / "policy.safetensors", policy.state_dict())
     normaliser = {"observation_mean": statistics[0], "observation_std": statistics[1]}
+    save_tensors(run_dir / "policy.safetensors", {**policy.state_dict(), **normaliser})
     save_tensors(run_dir / "reward.safetensors", {**discriminator.state_dict(), **normaliser})
     reached = lasting(history, LASTING_SCORE)
     _, _, score, final_return = history[-1]
@@ -901,6 +909,7 @@ def main(args: Args) -> dict[str, float]:
         "env_steps_to_0.95": reached and reached[0], "cpu_seconds_to_0.95": reached and reached[1],
         "demo_pairs": len(expert_obs), "seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time,
     }  # fmt: skip
+    metrics = {name: None if x is None or not math.isfinite(x) else x for name, x in metrics.items()}  # JSON has no nan
     (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
     writer.close()
     for name, x in (("random", random_return), ("BC", bc_return), ("GAIL", final_return), ("expert", expert_return)):

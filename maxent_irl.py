@@ -46,7 +46,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -234,7 +233,7 @@ def make_env(env_id: str, env_kwargs: dict, map_size: int | None, seed: int) -> 
     try:
         return gymnasium.make(env_id, disable_env_checker=True, **env_kwargs)
     except Exception as error:  # of whatever kind the environment's own code raises
-        bad_input(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}")
+        bad_input(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
 
 
 def load_table(env_id: str | None, env_kwargs: dict, map_size: int | None, seed: int) -> tuple[dict | None, int | None]:
@@ -268,7 +267,7 @@ def load_demos(
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a plain .npy
+    except Exception as error:  # a broken archive raises one of many kinds
         bad_input(f"--demos {path} cannot be read as .npz without pickles: {error}")
     for key in ("obs", "act", "lengths"):
         if key not in data:
@@ -284,8 +283,9 @@ def load_demos(
         values, wanted = data[key], (steps, *(() if space is None else space.shape))
         if values.shape != wanted:
             bad_input(f"--demos {path}: {key} has shape {values.shape}, wanted {wanted}: lengths add up to {steps}")
-        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        if values.dtype.kind not in "iuf" or not np.isfinite(values.astype(np.float32)).all():
             bad_input(f"--demos {path}: {key} has entries that are no finite numbers")
+        data[key] = values = values.astype(np.float32)
         if isinstance(space, Discrete):
             outside, form = (values < 0) | (values >= space.n) | (values != np.floor(values)), "integers "
         elif key == "act":
@@ -570,7 +570,7 @@ def gae_episodic(
     """Advantages and returns (S, N) of S steps of N environments (Schulman et al. 2016, eq. 16). next_values are of the
     observation before any reset: after the last step of a truncated episode there would have been more, after that of a
     terminated one there is nothing. No advantage looks past the end of its episode."""
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
         following = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, following)
@@ -904,12 +904,12 @@ def load_run(args: Args) -> tuple[Args, dict]:
         bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
     try:
         saved = json.loads((folder / "args.json").read_text())
-        script, flags = saved["script"], {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
+        if saved["script"] != Path(__file__).name:
+            bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
         saved_args = Args(**{**flags, "resume": args.resume})
     except (ValueError, KeyError, TypeError) as error:
         bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
-    if script != Path(__file__).name:
-        bad_input(f"--resume {folder} is a run of {script}, not of {Path(__file__).name}")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
             bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
@@ -923,10 +923,10 @@ def load_run(args: Args) -> tuple[Args, dict]:
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
     for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in not_negative:
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
 
 
@@ -952,7 +952,7 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
                "exact_steps", "max_steps", "eval_steps", "eval_episodes", "num_trajectories", "learning_rate",
                "fusion_iterations", "soft_q_rate", "policy_learning_rate", "update_epochs",
                "minibatch_size", "epsilon", "max_grad_norm", "expert_steps"],
-        ["min_lr_rate", "gae_lambda"],
+        ["seed", "min_lr_rate", "gae_lambda"],
     )
     if args.gamma is not None and not 0 < args.gamma <= 1:
         bad_input(f"--gamma must be in (0, 1], not {args.gamma}")
@@ -975,10 +975,13 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
 def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
     """Spaces that the networks can take."""
     if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
-        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a Box of one dimension")
-    bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
-    if not isinstance(action_space, Discrete) and not bounded:
-        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete or a bounded Box of one dimension")
+        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a 1-D Box")
+    usable = isinstance(action_space, Discrete) and action_space.start == 0
+    if isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.dtype.kind == "f":
+        width = action_space.high - action_space.low
+        usable = bool((np.isfinite(width) & (width > 0)).all())
+    if not usable:
+        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete from 0 or a bounded 1-D Box")
 
 
 def catch_ctrl_c() -> list[int]:
@@ -1026,11 +1029,12 @@ def finish_run(
         metrics |= {f"eval/{key}": value for key, value in values.items()}
     save_tensors(run_dir / "reward.safetensors", rewards)
     save_tensors(run_dir / "policy.safetensors", policy)
+    metrics = {name: None if x is None or not math.isfinite(x) else x for name, x in metrics.items()}  # JSON has no nan
+    (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
     for name, value in metrics.items():
-        if name.startswith("eval/"):
+        if name.startswith("eval/") and value is not None:
             writer.add_scalar(name, value, step)
     writer.close()
-    (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
     for key in next(iter(found.values())):
         print(f"eval/{key}: " + ", ".join(f"{name} {values[key]:.4g}" for name, values in found.items()))
     print(run_dir)

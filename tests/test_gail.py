@@ -259,9 +259,9 @@ def test_the_reset_after_an_end_is_no_data_and_a_cut_episode_is_truncated():
     assert batch["obs"][:, 1, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     ends = {name: batch[name].nonzero().tolist() for name in ("terminated", "truncated")}
     assert ends["terminated"] == [[2, 0], [6, 0]] and [4, 1] in ends["truncated"] and [7, 1] in ends["truncated"]
-    assert gail.episodes(batch) == 4 and gail.mean_return(batch) == (3 + 3 + 5 + 2) / 4
+    assert gail.mean_return_and_length(batch) == (4, 4)  # of the first, whole ones: 3 and 5 steps
     once = rollout(Scripted(), policy, STATISTICS, 8, 0, "greedy", torch.Generator(), one_episode=True)
-    assert once["mask"].sum(0).tolist() == [3, 5] and len(once["mask"]) == 5 and gail.mean_return(once) == 4
+    assert once["mask"].sum(0).tolist() == [3, 5] and len(once["mask"]) == 5 and gail.mean_return_and_length(once) == (4, 4)
 
 
 @pytest.mark.parametrize("space", [Discrete(2), Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64)])
@@ -338,41 +338,57 @@ def tiny(tmp_path):
     return lambda **flags: Args(**{**defaults, **flags})
 
 
-def test_the_policy_is_rewarded_by_the_new_discriminator_and_sees_what_it_sees(tiny, monkeypatch):
-    """Algorithm 1's order: the reward comes of this iteration's D. And expert and policy have one normaliser."""
-    events, statistics = [], []
-    real = {name: getattr(gail, name) for name in ("imitation_reward", "trpo_step", "fit_value", "normalise")}
-    step = torch.optim.Adam.step
+def test_an_iteration_is_algorithm_1s(tiny, monkeypatch):
+    """Fresh trajectories; D's steps; the reward by the new D with -lambda log pi; advantages; TRPO; the value network.
+    One normaliser for the expert's and the policy's observations."""
+    calls = []
 
-    def noted(name):
+    def note(name):
+        real = getattr(gail, name)
+
         def call(*arguments, **flags):
-            events.append(name)
-            return real[name](*arguments, **flags)
+            said = arguments[0](arguments[2])[:, 0].detach() if name == "fit_value" else None
+            result = real(*arguments, **flags)
+            calls.append((name, arguments, result, said))
+            return result
 
-        return call
+        monkeypatch.setattr(gail, name, call)
 
-    def adam(self, *arguments):
-        result = step(self, *arguments)
-        if self.param_groups[0]["lr"] == 0.0123:
-            events.append("discriminator")
-        return result
-
-    for name in ("imitation_reward", "trpo_step", "fit_value"):
-        monkeypatch.setattr(gail, name, noted(name))
-    monkeypatch.setattr(gail, "normalise", lambda obs, s: statistics.append(s) or real["normalise"](obs, s))
-    monkeypatch.setattr(torch.optim.Adam, "step", adam)
-    rewarded = []
-    discriminator_loss_of = gail.discriminator_loss
-    monkeypatch.setattr(
-        gail, "discriminator_loss", lambda p, e, c: rewarded.append(p.detach()) or discriminator_loss_of(p, e, c)
+    steps = ["rollout", "discriminator_loss", "imitation_reward", "gae_episodic", "trpo_step", "fit_value"]
+    for name in [*steps, "normalise"]:
+        note(name)
+    metrics = main(
+        tiny(constant_action=0, num_demos=2, subsample=2, ent_coef=0.5, discriminator_steps=2, total_timesteps=240)
     )
-    reward_of = gail.imitation_reward
-    monkeypatch.setattr(gail, "imitation_reward", lambda x, form: rewarded.append(x) or reward_of(x, form))
-    main(tiny(constant_action=0, learning_rate=0.0123, total_timesteps=240))
-    assert events == 2 * ["discriminator", "imitation_reward", "trpo_step", "fit_value"]
-    assert rewarded[0].shape == rewarded[1].shape and not torch.allclose(rewarded[0], rewarded[1], atol=1e-4)
-    after_start = [s for s in statistics if not torch.equal(s, torch.stack([torch.zeros(4), torch.ones(4)]))]
-    assert all(torch.equal(s, after_start[-1]) for s in after_start[-100:])
+    loop = [x for x in calls if x[0] in steps and not (x[0] == "rollout" and len(x[1]) == 8)]  # 8: one episode each
+    assert [name for name, *_ in loop] == 2 * [steps[0], steps[1], *steps[1:]]
+    assert len({arguments[4] for name, arguments, *_ in loop if name == "rollout"}) == 2  # seeds
+    for first in (0, 7):
+        (_, batch), (policy_logits, _), _, learned, (gae, targets), _, (fitted, said) = (
+            {"rollout": (None, result), "discriminator_loss": (arguments, None), "imitation_reward": result,
+             "gae_episodic": (arguments, result), "trpo_step": None, "fit_value": (arguments, said)}[name]
+            for name, arguments, result, said in loop[first : first + 7]
+        )  # fmt: skip
+        mask, (rewards, values, next_values, terminated, truncated, gamma, _) = batch["mask"], gae
+        new_logits = loop[first + 3][1][0]
+        assert policy_logits[0].shape == new_logits.shape and not torch.allclose(
+            policy_logits[0], new_logits, atol=1e-4
+        )
+        assert torch.equal(rewards[mask], learned - 0.5 * batch["logprobs"][mask]) and (rewards[~mask] == 0).all()
+        assert torch.equal(values[1:], next_values[:-1])
+        assert torch.equal(terminated, batch["terminated"]) and torch.equal(truncated, batch["truncated"])
+        assert torch.allclose(values[mask] * (1 - gamma), said, atol=1e-5)
+        assert torch.allclose(targets[1][mask] * (1 - gamma), fitted[3])
+    used = {name: set() for name in ("expert", "policy")}
+    for _, (obs, statistics), *_ in (x for x in calls if x[0] == "normalise"):
+        kind = {metrics["demo_pairs"]: "expert", 31: "policy"}.get(len(obs))
+        used.get(kind, set()).add(tuple(statistics.flatten().tolist()))
+    assert 8 <= metrics["demo_pairs"] <= 10 and len(used["expert"]) == 1 and used["expert"] == used["policy"]
+
+
+def test_a_warm_start_is_the_clone(tiny):
+    metrics = main(tiny(bc_warm_start=True, bc_epochs=50, total_timesteps=1, max_kl=1e-12))
+    assert metrics["eval/return"] == metrics["eval/bc_return"] != main(tiny(exp_name="cold"))["eval/return"]
 
 
 def test_a_tiny_run_logs_saves_and_says_its_table(tiny, capsys):
@@ -394,7 +410,7 @@ def test_a_tiny_run_logs_saves_and_says_its_table(tiny, capsys):
     assert policy["net.4.weight"].shape == (2, 100)
     with np.load(folder / "demos.npz") as demos:
         assert len(demos["lengths"]) == 4 and demos["obs"].shape == (demos["lengths"].sum(), 4)
-    again = main(tiny(demos=str(folder / "demos.npz"), exp_name="again", num_demos=2, bc_warm_start=True))
+    again = main(tiny(demos=str(folder / "demos.npz"), exp_name="again", num_demos=2))
     assert again["eval/expert_return"] == metrics["eval/expert_return"]
 
 
@@ -560,7 +576,7 @@ def test_nan_observations_are_said(tiny, monkeypatch, capsys):
     assert stop.value.code == 2 and "is not finite in step 1" in capsys.readouterr().err
 
 
-def test_the_entropy_of_the_clone_and_its_best_pass(monkeypatch):
+def test_the_clone_is_the_best_pass_on_held_out_pairs():
     """The parameters that are kept are those of the pass with the best held-out likelihood."""
     torch.manual_seed(0)
     obs, policy = torch.randn(40, 2), Policy(2, Discrete(2), 8)
