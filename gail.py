@@ -647,7 +647,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
             bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
         saved_args = Args(**{**flags, "resume": args.resume})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
@@ -660,12 +660,12 @@ def load_run(args: Args) -> tuple[Args, dict]:
 
 
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
-    """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
+    """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
         if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in not_negative:
-        if not getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
 
 
@@ -711,6 +711,8 @@ def main(args: Args) -> dict[str, float]:
         ["seed", "gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy",
          "gradient_penalty"],
     )  # fmt: skip
+    if args.seed >= 2**33:
+        bad_input(f"--seed {args.seed} must be below 2**33")
     if args.gamma >= 1 or args.gae_lambda > 1:
         bad_input(f"--gamma {args.gamma} must be below 1, and --gae-lambda {args.gae_lambda} at most 1")
     N = args.num_envs

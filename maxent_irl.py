@@ -7,10 +7,10 @@
 # ///
 """Maximum-entropy inverse RL: recover a reward from demonstrations, exactly (with a table) or from samples.
 
-Of all distributions over trajectories with the demonstrator's visits the most random one is exp(r_psi(tau)) / Z; the
-demonstrations' likelihood under it is maximised over psi. Its gradient needs the model's visits. Dynamic programming
-computes them (`exact`), or importance weights estimate them from trajectories of a policy that is trained beside the
-reward, by RL on r_psi - log pi at temperature 1 (`sampled`):
+Of all distributions over trajectories with the demonstrator's visits, the most random one weighs a trajectory by
+exp(r_psi(tau)) / Z; the demonstrations' likelihood under it is maximised over psi. Its gradient needs the model's
+visits. Dynamic programming computes them (`exact`), or importance weights estimate them from trajectories of a policy
+that is trained beside the reward, by RL on r_psi - log pi at temperature 1 (`sampled`):
 
     max_psi E_expert[r_psi(tau)] - log Z(psi),   gradient = E_expert[grad r_psi] - E_model[grad r_psi]
     E_model[grad r_psi] ~ sum_j w_j grad r_psi(tau_j),   w_j ~ exp(r_psi(tau_j)) / prod_t pi(a_t|s_t),   sum_j w_j = 1
@@ -35,8 +35,9 @@ and another max-ent RL step: soft Q-learning on tables, an actor-critic with cli
 Shapes: S states, A actions, H horizon; N trajectories (or segments of them), T steps of them, F features of a step,
 K successors. `mask` (N, T) is True where a step was taken. `policy[t]` (S, A) is that of step t.
 
-Deliberately not here: images, several processes, replay buffers, demonstrations in the set of samples (their density
-under the demonstrator is unknown), features that depend on the whole trajectory. See HumanCompatibleAI/imitation.
+Deliberately not here: images, several processes, off-policy RL in control, demonstrations in the set of samples (their
+density under the demonstrator is unknown), features that depend on the whole trajectory. See
+HumanCompatibleAI/imitation.
 """
 
 import json
@@ -139,7 +140,8 @@ class Args:
     min_lr_rate: float = 0.1
     """Share of the peak learning rates that the decay reaches exactly at the last step."""
     reward_l2: float | None = None
-    """Coefficient of the mean squared reward of a step in the reward's loss. None: 0 with a table, 0.01 in control."""
+    """Coefficient of the sum of squared rewards in the reward's loss: of the table's entries, or of an episode's steps.
+    None: 0 with a table, 0.01 in control."""
     fusion_iterations: int = 1
     """Samples of so many iterations are weighted together; the density under the weights is the mixture of their
     policies (Finn et al. 2016)."""
@@ -205,8 +207,14 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
     )  # (moves,)  # fmt: skip
     probabilities, rewards = probabilities.double(), rewards.double()
     total = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities)
-    if not torch.allclose(total, torch.ones_like(total)):
-        bad_input(f"--env-id: the probabilities of a move in its table add up to {total.min():.3f}, not to 1")
+    if (probabilities < 0).any() or not torch.allclose(total, torch.ones_like(total)):
+        bad_input("--env-id: a move in its table has probabilities that are negative or do not add up to 1")
+    if not (initial.double().sum() - 1).abs() < 1e-6:
+        bad_input("--env-id: its table has no state to start from")
+    # An absorbing state without reward is an end, under every learned reward too
+    stays = probabilities * ((rows // A == columns) & (rewards == 0))
+    stays = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, stays).view(S, A)
+    ends |= (stays > 1 - 1e-9).all(1)[columns]
 
     def matrix(kept: Tensor) -> Tensor:
         index, size = torch.stack([rows[kept], columns[kept]]), (S * A, S)
@@ -223,10 +231,10 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
 
 
 def make_env(env_id: str, env_kwargs: dict, map_size: int | None, seed: int) -> gymnasium.Env:
-    """The environment without Gymnasium's checker, which would test every step."""
+    """The environment, of FrozenLake maybe with a map drawn from the seed; Gymnasium's checker would test each step."""
     if map_size is not None:
-        if not env_id.startswith("FrozenLake"):
-            bad_input(f"--map-size draws maps of FrozenLake, not of {env_id}")
+        if not env_id.startswith("FrozenLake") or map_size < 2:
+            bad_input(f"--map-size {map_size} draws maps of FrozenLake, of side 2 and more, not of {env_id}")
         from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
         env_kwargs = {"desc": generate_random_map(map_size, seed=seed), **env_kwargs}
@@ -239,6 +247,8 @@ def make_env(env_id: str, env_kwargs: dict, map_size: int | None, seed: int) -> 
 def load_table(env_id: str | None, env_kwargs: dict, map_size: int | None, seed: int) -> tuple[dict | None, int | None]:
     """The environment's transition table, where it has one, and its time limit."""
     if env_id is None:
+        if map_size is not None:
+            bad_input("--map-size draws maps of FrozenLake: --env-id must name it")
         slip = env_kwargs.get("slip", 0.0)
         if set(env_kwargs) - {"slip"} or not (isinstance(slip, (int, float)) and 0 <= slip <= 1):
             bad_input(f"the lecture's grid takes a slip from 0 to 1, not {env_kwargs}; --env-id names another")
@@ -413,7 +423,8 @@ def log_partition(
 def importance_weights(returns: Tensor, logprobs: Tensor) -> Tensor:
     """Self-normalised weights (N,) of trajectories drawn with log-probability logprobs (N,), summed over time, towards
     the non-causal model: softmax_j(r(tau_j) - log pi(tau_j)). Dynamics cancel; so does a constant in the reward."""
-    return (returns - logprobs).softmax(0)
+    weights = (returns.double() - logprobs.double()).softmax(0)  # fp32 would round sums of 1e4 to 1e-3
+    return weights.to(torch.promote_types(returns.dtype, torch.float32))
 
 
 def remember(replay: Tensor, transitions: Tensor) -> Tensor:
@@ -559,6 +570,7 @@ def actor_logprobs(
 ) -> Tensor:
     """log pi(a|s) (N, T) under a stored policy's actor, 0 where no step was taken."""
     obs = normalise(batch["obs"].to(statistics.device), statistics)  # (N, T, D)
+    actor = {name: x.to(obs.device) for name, x in actor.items()}  # those of a checkpoint are on the CPU
     outputs = torch.func.functional_call(policy.actor, actor, obs).cpu()
     return torch.where(batch["mask"], action_logprobs(outputs, batch["act"], policy.discrete), 0.0)
 
@@ -712,8 +724,6 @@ def policy_step(
 
 def join_batches(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Trajectories of several iterations as one batch, filled up with zeros to the longest."""
-    if len(batches) == 1:
-        return batches[0]
     longest = max(batch["mask"].shape[1] for batch in batches)
     return {
         name: torch.cat([
@@ -727,6 +737,10 @@ def join_batches(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def segment_sums(x: Tensor, length: int) -> Tensor:
     """(N, T) -> (segments,): sums over segments of so many steps, of the first trajectory first."""
     return F.pad(x, (0, -x.shape[1] % length)).reshape(-1, length).sum(1)
+
+
+# Seeds of the environments' episodes; those of training count from 0.
+EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
 
 
 def table_demonstrations(
@@ -745,7 +759,7 @@ def table_demonstrations(
     visits = occupancy(policy, table["transition"], table["initial"], gamma)
     if num_demos is None:
         return visits, visits
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + DEMO_SEEDS)  # not the stream of the first iteration's samples
     demos = sample_table(policy, *successors(table["transition"]), table["initial"], num_demos, generator)
     return visit_counts(demos["obs"], demos["act"], demos["mask"], gamma, (S, A)), visits
 
@@ -834,11 +848,11 @@ def evaluate_control(
     expert_return: float, random_return: float,
 ) -> dict[str, float]:
     """True returns of so many episodes of the policy, and of its mode."""
-    results = {"expert_return": expert_return, "random_return": random_return}
+    results, margin = {"expert_return": expert_return, "random_return": random_return}, expert_return - random_return
     for suffix, mode in (("", "sample"), ("_greedy", "greedy")):
         batch = sample_episodes(envs, policy, statistics, horizon, count, first_seed, mode)
         results[f"return{suffix}"] = value = batch["rew"].sum(1).mean().item()
-        results[f"normalized_score{suffix}"] = (value - random_return) / (expert_return - random_return)
+        results[f"normalized_score{suffix}"] = (value - random_return) / margin if margin else math.nan
     return results | {"expected_value_difference": expert_return - results["return"]}
 
 
@@ -908,7 +922,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
             bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
         saved_args = Args(**{**flags, "resume": args.resume})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
@@ -921,12 +935,12 @@ def load_run(args: Args) -> tuple[Args, dict]:
 
 
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
-    """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
+    """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
         if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in not_negative:
-        if not getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
 
 
@@ -952,15 +966,14 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
                "exact_steps", "max_steps", "eval_steps", "eval_episodes", "num_trajectories", "learning_rate",
                "fusion_iterations", "soft_q_rate", "policy_learning_rate", "update_epochs",
                "minibatch_size", "epsilon", "max_grad_norm", "expert_steps"],
-        ["seed", "min_lr_rate", "gae_lambda"],
-    )
+        ["seed", "min_lr_rate", "gae_lambda", "reward_l2", "segment_length"],
+    )  # fmt: skip
+    if args.seed >= 2**33 or args.minibatch_size < 2:
+        bad_input(f"--seed {args.seed} must be below 2**33, and --minibatch-size {args.minibatch_size} at least 2")
     if args.gamma is not None and not 0 < args.gamma <= 1:
         bad_input(f"--gamma must be in (0, 1], not {args.gamma}")
     if args.gae_lambda > 1 or args.soft_q_rate > 1:
         bad_input(f"--gae-lambda {args.gae_lambda} and --soft-q-rate {args.soft_q_rate} must be at most 1")
-    for flag, value in (("--reward-l2", args.reward_l2), ("--segment-length", args.segment_length)):
-        if value is not None and value < 0:
-            bad_input(f"{flag} must not be negative, but is {value}")
     parsed = []
     for flag, text in (("--env-kwargs", args.env_kwargs), ("--transfer", args.transfer)):
         try:
@@ -1013,7 +1026,7 @@ def reward_step(
     loss.backward()
     norm = nn.utils.get_total_norm([p.grad for p in reward.parameters()]).item()
     if not math.isfinite(norm):
-        bad_input(f"the reward's gradient in step {step + 1} is not finite; the last checkpoint in {run_dir} is whole")
+        bad_input(f"the reward's gradient in step {step + 1} is not finite; what {run_dir} holds is from before")
     optimizer.step()
     return norm
 
@@ -1042,8 +1055,6 @@ def finish_run(
 
 
 LBFGS_ITERATIONS, LBFGS_HISTORY = 20, 100  # between two looks at the gradient; a history of 100 halves their number
-# Seeds of the environments' episodes; those of training count from 0.
-EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
 
 
 def fit_exact(
@@ -1076,10 +1087,12 @@ def fit_exact(
         loss, gap = objective()
         if not math.isfinite(loss):
             bad_input(f"the exact objective is not finite after {call + 1} times {LBFGS_ITERATIONS} iterations")
-        bar.set_postfix_str(f"largest difference of visits {gap:.2g}")
+        bar.set_postfix_str(f"largest gradient {gap:.2g}")
         if gap <= tolerance:
             break
     bar.close()
+    if gap > tolerance:
+        print(f"exact: the largest gradient is {gap:.2g} after --exact-steps {max_calls}, not below {tolerance:g}")
     return loss, gap
 
 
@@ -1117,7 +1130,7 @@ def main_table(
             args.exact_steps,
         )  # fmt: skip
         writer.add_scalar("exact/loss", loss, 0)
-        writer.add_scalar("exact/occupancy_gap", gap, 0)
+        writer.add_scalar("exact/gradient_max", gap, 0)
         save_checkpoint(run_dir / "checkpoint.pt", {
             "step": 0, "exact_reward": modules["exact"].state_dict(), "seconds": time.time() - start_time,
         })  # fmt: skip
@@ -1129,8 +1142,8 @@ def main_table(
     replay = torch.zeros(0, 2, dtype=torch.long)
     stored: list[tuple[Tensor, dict]] = []  # the last policies' Q, each with its trajectories
     env_steps, generator = 0, torch.Generator().manual_seed(args.seed)
-    reward = modules.get("sampled", nn.Linear(1, 1))
-    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
+    reward = modules.get("sampled")
+    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr) if reward else None
     if first_step:
         reward.load_state_dict(state["reward"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1219,6 +1232,7 @@ def main_table(
         for name, module in modules.items():
             entries = module()  # (S, outputs)
             rewards[name] = learned = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
+            rewards[f"{name}_entries"] = entries.clone()  # what other dynamics need
             policies[name], _ = soft_value_iteration(learned, table["transition"], gamma, horizon)  # (H, S, A)
             found[name] = evaluate_table(learned, table, expert_visits, gamma, horizon)
             if other is not None:  # the same entries under other dynamics
@@ -1247,17 +1261,19 @@ def main_table(
 
 
 def main_control(
-    args: Args, env_kwargs: dict, horizon: int, state: dict | None, start_time: float
+    args: Args, env_kwargs: dict, horizon: int, device: torch.device, state: dict | None, start_time: float
 ) -> dict[str, float]:
     """Without a table: Guided Cost Learning with an actor-critic for the policy."""
     # ---- set-up
-    device, gamma, N = choose_device(args), args.gamma or 0.99, args.num_trajectories or 16
+    gamma, N = args.gamma or 0.99, args.num_trajectories or 16
     inputs, peak_lr = args.reward_inputs or "state_action", args.learning_rate or 1e-3
     reward_l2 = 0.01 if args.reward_l2 is None else args.reward_l2
     envs = [make_env(args.env_id, env_kwargs, args.map_size, args.seed) for _ in range(N)]
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     check_spaces(args.env_id, obs_space, action_space)
     demos = load_demos(args.demos, args.num_demos, obs_space, action_space) if args.demos is not None else None
+    if demos is not None and demos["mask"].shape[1] > horizon:
+        bad_input(f"--demos {args.demos} has an episode of {demos['mask'].shape[1]} steps, and --horizon is {horizon}")
     D, num_actions = obs_space.shape[0], int(action_space.n) if isinstance(action_space, Discrete) else None
     update = {
         "gamma": gamma, "gae_lambda": args.gae_lambda, "epochs": args.update_epochs, "epsilon": args.epsilon,
@@ -1324,7 +1340,8 @@ def main_control(
         actor = {name: x.clone() for name, x in policy.actor.state_dict().items()}
         stored = [*stored, (actor, batch)][-args.fusion_iterations :]
 
-        # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016)
+        # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016; of segments,
+        # whose log-probabilities are discounted, the mixture is an approximation)
         samples = join_batches([x for _, x in stored])  # M = policies x N trajectories
         M, T = samples["mask"].shape
         rewards = step_rewards(reward, samples, statistics, inputs, num_actions)  # (M, T)
@@ -1340,7 +1357,7 @@ def main_control(
         )  # (n,) each: segments
         real = real > 0
         logprobs = torch.stack(logprobs).logsumexp(0) - math.log(len(stored))  # (n,)
-        weights = importance_weights(scores[real].double(), logprobs[real].double())  # (n,)
+        weights = importance_weights(scores[real], logprobs[real])  # (n,)
 
         # ---- reward: a gradient step up E_expert[r] - log Z, both of whole trajectories
         expert_rewards = reward(expert_features)  # (steps, 1)
@@ -1402,6 +1419,7 @@ def main(args: Args) -> dict[str, float]:
     start_time, state = time.time(), None
     if args.resume is not None:
         args, state = load_run(args)
+    device = choose_device(args)
     env_kwargs, transfer = check_irl_args(args)
     table, limit = load_table(args.env_id, env_kwargs, args.map_size, args.seed)
     horizon = args.horizon or limit
@@ -1414,14 +1432,15 @@ def main(args: Args) -> dict[str, float]:
         ):  # fmt: skip
             if needed:
                 bad_input(f"{flag} cannot do without a transition table, and {args.env_id} has no env.unwrapped.P")
-        return main_control(args, env_kwargs, horizon, state, start_time)
+        return main_control(args, env_kwargs, horizon, device, state, start_time)
     if args.segment_length:
         bad_input("--segment-length is for control: with a table, whole episodes are weighted")
     other = None
     if transfer is not None:
         other, _ = load_table(args.env_id, {**env_kwargs, **transfer}, args.map_size, args.seed)
         if other["reward"].shape != table["reward"].shape:
-            bad_input(f"--transfer {args.transfer} has {len(other['reward'])} states, not {len(table['reward'])}")
+            shapes = tuple(other["reward"].shape), tuple(table["reward"].shape)
+            bad_input(f"--transfer {args.transfer} has (states, actions) {shapes[0]}, not {shapes[1]}")
     return main_table(args, table, other, horizon, state, start_time)
 
 

@@ -718,7 +718,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
             bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
         saved_args = Args(**{**flags, "resume": args.resume})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
     for name in (f.name for f in fields(Args) if f.name != "resume"):
         if getattr(args, name) != getattr(Args(), name):
@@ -731,12 +731,12 @@ def load_run(args: Args) -> tuple[Args, dict]:
 
 
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
-    """Numbers that must be > 0 (or None), and numbers that must be >= 0."""
+    """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
         if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
             bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in not_negative:
-        if not getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
 
 

@@ -188,6 +188,16 @@ def test_large_rewards_stay_finite():
         assert log_z.isfinite() and visits.sum().item() == pytest.approx(50)
 
 
+def test_an_absorbing_state_is_an_end_under_every_learned_reward():
+    """Not flagged as an end, but left by no action and without reward: the demonstrator's reward decides it."""
+    moves = {0: {0: [(1.0, 1, 0.5, False)], 1: [(1.0, 0, 0.0, False)]}, 1: {a: [(1.0, 1, 0.0, False)] for a in (0, 1)}}
+    table = maxent_irl.read_table(moves, torch.tensor([1.0, 0.0]), (1, 2))
+    assert table["transition"].view(2, 2, 2)[0].tolist() == [[0, 0], [1, 0]]
+    visits = causal_visits(table["reward"], table, 1.0, 10)
+    reward = maxent_irl.TableReward("linear", visits, 0)
+    assert maxent_irl.fit_exact(reward, "state_action", visits, table, 1.0, 10, 0.0, 1e-4, 5)[1] < 1e-4
+
+
 def test_an_absorbing_state_in_the_table_is_an_end_without_reward_or_entropy():
     reward, transition, initial = make_mdp(ends=0.4)
     S, A = reward.shape
@@ -347,6 +357,33 @@ def test_segments_and_joined_batches_keep_every_step():
 
 
 # ---- control
+
+
+def test_segments_of_the_soft_optimal_policy_have_even_weights():
+    """Path consistency: under deterministic dynamics r - log pi + gamma V(s') - V(s) is 0 in every step, also in the
+    last one of an episode that ended, or was cut off; so all segments weigh the same."""
+    reward, transition, initial = make_mdp(S=5, A=3, ends=0.0, deterministic=True)
+    transition[4] = 0.0  # whatever is done there ends the episode
+    policy, values = soft_value_iteration(reward, transition, 0.8, 300)  # as good as without a horizon
+    batch = sample_table(policy[:12], *successors(as_matrix(transition)), initial, 64, torch.Generator().manual_seed(0))
+    states = {name: batch[name].clamp(max=4)[..., None].float() for name in ("obs", "next_obs")}
+    batch |= {**states, "terminated": batch["mask"] & (batch["next_obs"] == 5)}
+    differences = maxent_irl.value_differences(
+        lambda obs: values[0][obs[..., 0].long()][..., None], batch, torch.tensor([[0.0], [1.0]]), 0.8
+    )
+    rewards = torch.where(batch["mask"], reward[states["obs"][..., 0].long(), batch["act"]], 0.0)
+    assert batch["terminated"].any() and (batch["mask"].sum(1) == 12).any()
+    assert (rewards - batch["logprobs"] + differences).abs().max() < 1e-6
+
+
+def test_the_lengths_of_demonstrations_fit_the_horizon_and_equal_returns_have_no_score(tiny, tmp_path, capsys):
+    flags = {"env_id": "MountainCar-v0", "num_trajectories": 2, "eval_episodes": 2, "expert_steps": 1, "num_demos": 1}
+    metrics = main(tiny(**flags, max_steps=2, horizon=20))
+    assert metrics["eval/return"] == metrics["eval/expert_return"] == -20 and metrics["eval/normalized_score"] is None
+    demos = str(run_folder(tiny()) / "demos.npz")
+    with pytest.raises(SystemExit):
+        main(tiny(env_id="MountainCar-v0", demos=demos, horizon=19))
+    assert "has an episode of 20 steps, and --horizon is 19" in capsys.readouterr().err
 
 
 def test_gae_by_hand():
@@ -636,8 +673,16 @@ def test_bad_demonstrations_are_one_sentence_and_code_2(changes, message, tiny, 
         ({"env_kwargs": "{"}, "is not JSON"),
         ({"env_kwargs": "[1]"}, "is not a JSON object"),
         ({"env_kwargs": '{"slip": 2}'}, "slip from 0 to 1"),
-        ({"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "has 64 states, not 16"),
-        ({"env_id": "CartPole-v1", "map_size": 5}, "--map-size draws maps of FrozenLake"),
+        ({"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "has (states, actions) (64, 4), not (16, 4)"),
+        ({"env_id": "CartPole-v1", "map_size": 5}, "--map-size 5 draws maps of FrozenLake"),
+        ({"env_id": "FrozenLake-v1", "map_size": 1}, "of side 2 and more"),
+        ({"map_size": 5}, "--env-id must name it"),
+        ({"env_id": "FrozenLake-v1", "env_kwargs": '{"success_rate": 2}'}, "probabilities that are negative"),
+        ({"env_id": "FrozenLake-v1", "env_kwargs": '{"desc": ["FF", "FG"]}'}, "no state to start from"),
+        ({"minibatch_size": 1}, "--minibatch-size 1 at least 2"),
+        ({"seed": -1}, "--seed must not be negative"),
+        ({"learning_rate": math.nan}, "--learning-rate must be positive"),
+        ({"env_id": "Blackjack-v1", "horizon": 5}, "has observations Tuple"),
         ({"gamma": 1.5}, "--gamma must be in (0, 1]"),
         ({"max_steps": 0}, "--max-steps must be positive"),
         ({"resume": "nowhere"}, "--resume nowhere is not a run folder"),
