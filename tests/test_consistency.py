@@ -1,6 +1,7 @@
 """What holds across the scripts: they share no module, and still do not drift apart."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -99,6 +100,22 @@ def test_help_names_every_flag(script):
     assert shown.returncode == 0
     for flag in fields(import_module(script).Args):
         assert f"--{flag.name.replace('_', '-')}" in shown.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_runs_of_the_script_itself_are_resumed(script, tmp_path, capsys):
+    module, other = import_module(script), SCRIPTS[SCRIPTS.index(script) - 1]
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    for saved, message in (
+        ({"script": f"{other}.py", "args": {"nonsense": 1}}, f"is a run of {other}.py, not of {script}.py"),
+        ({"script": f"{script}.py", "args": []}, "args.json cannot be read"),
+        ({"script": f"{script}.py", "args": {}}, "checkpoint.pt cannot be read"),
+    ):
+        (tmp_path / "args.json").write_text(json.dumps(saved))
+        with pytest.raises(SystemExit) as stop:
+            module.main(module.Args(resume=str(tmp_path)))
+        text = capsys.readouterr().err
+        assert stop.value.code == 2 and message in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
