@@ -555,7 +555,7 @@ def packed_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, res
 
 
 def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """packed_states for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
+    """packed_states for every architecture: a plain pass over K copies of left-padded prompts (R, L_q). Slower."""
     K, t = mask.shape[1], int(mask.sum(2).max())  # t: the longest response's length
     response, mask = response.flatten(0, 1)[:, :t], mask.flatten(0, 1)[:, :t]  # (R*K, t)
     ids = torch.cat([query.repeat_interleave(K, 0), response], 1)  # (R*K, L_q + t)

@@ -614,7 +614,7 @@ def packed_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, res
 
 
 def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """packed_states for every architecture: a plain forward pass over K padded copies of the prompt. Slower."""
+    """packed_states for every architecture: a plain pass over K copies of left-padded prompts (R, L_q). Slower."""
     K, t = mask.shape[1], int(mask.sum(2).max())  # t: the longest response's length
     response, mask = response.flatten(0, 1)[:, :t], mask.flatten(0, 1)[:, :t]  # (R*K, t)
     ids = torch.cat([query.repeat_interleave(K, 0), response], 1)  # (R*K, L_q + t)
@@ -687,7 +687,7 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     total, count = all_reduce(torch.stack([real.sum(), mask.sum()]))
     mean = total / count
     variance = all_reduce((real - mean).square().sum()) / (count - 1).clamp(min=1)
-    whitened = (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)  # (B, T)
+    whitened = (values.double() - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)  # (B, T)
     return torch.where(mask, whitened, 0.0).to(values.dtype)
 
 
@@ -829,7 +829,7 @@ def sample(
         mask[rows, t] = live
         live = live & ~torch.isin(token, stop)
         num_live = int(live.sum())
-        if num_live == 0:
+        if num_live == 0 or t == max_completion_length - 1:
             break
         if num_live <= 0.9 * len(rows):  # stopped rows leave the batch; live ones from its end take their places
             kept = torch.arange(num_live, device=query.device)  # (b,)
