@@ -808,6 +808,18 @@ def main(args: Args) -> dict[str, float]:
         cpu_seconds, seconds_before = state["cpu_seconds"], state["seconds"]
     expert_inputs = discriminator_inputs(normalise(expert_obs, statistics), expert_actions, num_actions)  # (n, D + A)
 
+    def save() -> None:
+        save_checkpoint(run_dir / "checkpoint.pt", {
+            "step": done, "policy": policy.state_dict(), "value": value.state_dict(),
+            "discriminator": discriminator.state_dict(), "optimizer": optimizer.state_dict(),
+            "value_optimizer": value_optimizer.state_dict(), "generator": generator.get_state(),
+            "statistics": statistics, "random_return": random_return, "bc_return": bc_return, "history": history,
+            "env_steps": env_steps, "cpu_seconds": cpu_seconds, "seconds": seconds_before + time.time() - start_time,
+        })  # fmt: skip
+
+    done = first_step
+    if state is None:  # what comes before the loop may have taken long
+        save()
     interrupts: list[int] = []
 
     def on_interrupt(number: int, _) -> None:
@@ -816,7 +828,6 @@ def main(args: Args) -> dict[str, float]:
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
-    done = first_step
     bar = trange(first_step, iterations, initial=first_step, total=iterations, desc="gail")
     for step in bar:
         if interrupts:
@@ -885,14 +896,7 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- save
         if done % args.save_steps == 0 or done == iterations or interrupts:
-            save_checkpoint(run_dir / "checkpoint.pt", {
-                "step": done, "policy": policy.state_dict(), "value": value.state_dict(),
-                "discriminator": discriminator.state_dict(), "optimizer": optimizer.state_dict(),
-                "value_optimizer": value_optimizer.state_dict(), "generator": generator.get_state(),
-                "statistics": statistics, "random_return": random_return, "bc_return": bc_return, "history": history,
-                "env_steps": env_steps, "cpu_seconds": cpu_seconds,
-                "seconds": seconds_before + time.time() - start_time,
-            })  # fmt: skip
+            save()
     bar.close()
     signal.signal(signal.SIGINT, old_handler)
     if interrupts and done < iterations:

@@ -1328,7 +1328,19 @@ def main_control(
         generator.set_state(state["generator"])
         stored, env_steps = state["stored"], state["env_steps"]
     segment_length = 10 if args.segment_length is None else args.segment_length
-    interrupts, done = catch_ctrl_c(), first_step
+    done = first_step
+
+    def save() -> None:
+        save_checkpoint(run_dir / "checkpoint.pt", {
+            "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(),
+            "policy": policy.state_dict(), "policy_optimizer": policy_optimizer.state_dict(), "stored": stored,
+            "generator": generator.get_state(), "env_steps": env_steps,
+            "seconds": seconds_before + time.time() - start_time,
+        })  # fmt: skip
+
+    if state is None:  # what comes before the loop may have taken long
+        save()
+    interrupts = catch_ctrl_c()
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps)
     for step in bar:
         if interrupts:
@@ -1395,12 +1407,7 @@ def main_control(
             for name, value in evaluate_control(**evaluation).items():
                 writer.add_scalar(f"eval/{name}", value, done)
         if done % args.save_steps == 0 or done == args.max_steps or interrupts:
-            save_checkpoint(run_dir / "checkpoint.pt", {
-                "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(),
-                "policy": policy.state_dict(), "policy_optimizer": policy_optimizer.state_dict(), "stored": stored,
-                "generator": generator.get_state(), "env_steps": env_steps,
-                "seconds": seconds_before + time.time() - start_time,
-            })  # fmt: skip
+            save()
     bar.close()
     end_training(interrupts, done, args.max_steps, run_dir)
 

@@ -542,22 +542,24 @@ def test_finite_demonstrations_and_files_of_them(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, checkpoint",
     [
-        {"estimator": "both", "fusion_iterations": 2},
-        {**CARTPOLE, "fusion_iterations": 2, "segment_length": 7},
-        {**CARTPOLE, "env_id": "Pendulum-v1", "reward_inputs": "state", "horizon": 10, "segment_length": 0},
+        ({"estimator": "both", "fusion_iterations": 2}, 1),
+        ({"estimator": "both", "fusion_iterations": 2}, 2),
+        ({**CARTPOLE, "fusion_iterations": 2, "segment_length": 7}, 2),
+        ({**CARTPOLE, "env_id": "Pendulum-v1", "reward_inputs": "state", "horizon": 10, "segment_length": 0}, 1),
     ],
 )
-def test_a_killed_run_resumes_exactly(tiny, tmp_path, flags):
-    """Bit-equal rewards, policies, metrics and curves after SIGKILL at the second checkpoint, and --resume."""
+def test_a_killed_run_resumes_exactly(tiny, tmp_path, flags, checkpoint):
+    """Bit-equal rewards, policies, metrics and curves after SIGKILL at a checkpoint, the first one being that before
+    the loop, and --resume."""
     whole, killed = (tiny(output_dir=str(tmp_path / name), **flags) for name in ("whole", "killed"))
     expected = main(whole)
     program = tmp_path / "run.py"
     program.write_text(
         "import json, os, signal, sys, maxent_irl\nreal = maxent_irl.save_checkpoint; n = []\n"
         "def save(path, state):\n    real(path, state); n.append(1)\n"
-        "    if len(n) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    if len(n) == {checkpoint}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "maxent_irl.save_checkpoint = save\nmaxent_irl.main(maxent_irl.Args(**json.loads(sys.argv[1])))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
