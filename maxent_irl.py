@@ -28,8 +28,8 @@ and another max-ent RL step: soft Q-learning on tables, an actor-critic with cli
 
     python maxent_irl.py                                        # laptop: the lecture's grid, both estimators, compared
     python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
-    python maxent_irl.py --env-id CartPole-v1 --demos CartPole-v1.npz --num-demos 10 --max-steps 100
-    python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9 --max-steps 120   # makes its expert first
+    python maxent_irl.py --env-id CartPole-v1 --demos CartPole-v1.npz --num-demos 10 --max-steps 200
+    python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9   # makes its expert first
     python maxent_irl.py --resume runs/<run folder>             # goes on exactly where the last checkpoint stood
 
 Shapes: S states, A actions, H horizon; N trajectories (or segments of them), T steps of them, F features of a step,
@@ -268,6 +268,18 @@ def load_table(env_id: str | None, env_kwargs: dict, map_size: int | None, seed:
     shape = inner.desc.shape if hasattr(inner, "desc") else getattr(inner, "shape", (1, S))
     shape = shape if math.prod(shape) == S else (1, S)  # Taxi's map does not show where the passenger is
     return read_table(inner.P, torch.as_tensor(initial), tuple(shape)), limit
+
+
+def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
+    """Spaces that the networks can take."""
+    if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
+        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a 1-D Box")
+    usable = isinstance(action_space, Discrete) and action_space.start == 0
+    if isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.dtype.kind == "f":
+        width = action_space.high - action_space.low
+        usable = bool((np.isfinite(width) & (width > 0)).all())
+    if not usable:
+        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete from 0 or a bounded 1-D Box")
 
 
 def load_demos(
@@ -637,6 +649,12 @@ def visit_counts(states: Tensor, actions: Tensor, mask: Tensor, gamma: float, sh
     return torch.bincount(index, discounts.flatten(), math.prod(shape)).view(shape) / len(mask)
 
 
+def space_actions(squashed: Tensor, space: Box) -> Tensor:
+    """Actions of the space from actions in [-1, 1]."""
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return low + (squashed + 1) / 2 * (high - low)
+
+
 @torch.no_grad()
 def sample_control(
     envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, first_seed: int, mode: str,
@@ -672,12 +690,6 @@ def sample_control(
         if len(live) == 0:
             break
     return {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}
-
-
-def space_actions(squashed: Tensor, space: Box) -> Tensor:
-    """Actions of the space from actions in [-1, 1]."""
-    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return low + (squashed + 1) / 2 * (high - low)
 
 
 def unit_actions(actions: Tensor, space: Box) -> Tensor:
@@ -983,18 +995,6 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
         if not isinstance(parsed[-1], (dict, type(None))):
             bad_input(f"{flag} {text} is not a JSON object")
     return parsed[0] or {}, parsed[1]
-
-
-def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
-    """Spaces that the networks can take."""
-    if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
-        bad_input(f"--env-id {env_id} has observations {observation_space}: wanted a 1-D Box")
-    usable = isinstance(action_space, Discrete) and action_space.start == 0
-    if isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.dtype.kind == "f":
-        width = action_space.high - action_space.low
-        usable = bool((np.isfinite(width) & (width > 0)).all())
-    if not usable:
-        bad_input(f"--env-id {env_id} has actions {action_space}: wanted Discrete from 0 or a bounded 1-D Box")
 
 
 def catch_ctrl_c() -> list[int]:
