@@ -205,6 +205,7 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
         import datasets  # slow to import: only where it is needed
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # bad_input says what is wrong
         try:
             if path.suffix == ".parquet":
                 splits = {args.dataset_train_split: datasets.Dataset.from_parquet(str(path))}

@@ -2,8 +2,11 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; a missing name fails at once instead of after retries
@@ -37,6 +40,14 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**SIZE, intermediate_size=64, bos_token_id=1, eos_token_id=1),
 }
 
+# The data of tiny runs of the language-model scripts.
+SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
+PAIRS = [
+    {"prompt": f"{a}+{b}=", "chosen": f"{a}" * (1 + b % 3), "rejected": f"-{b}=" * (1 + a % 2)}
+    for a in range(6)
+    for b in range(6)
+]
+
 
 def make_model(architecture: str = "llama", seed: int = 0, scale: float = 0.2):
     """A tiny random model in evaluation mode, its weights large enough for distributions far from uniform."""
@@ -57,16 +68,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> str:
-    """A folder with a tiny model and its tokenizer, in Hugging Face layout."""
-    folder = tmp_path_factory.mktemp("model")
+def save_tiny_model(folder: Path) -> str:
+    """A tiny model and its tokenizer, in Hugging Face layout."""
     model = make_model("llama", scale=0.05)
     model.config.eos_token_id = model.generation_config.eos_token_id = 1
     model.config.bos_token_id = model.generation_config.bos_token_id = None
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -95,3 +109,58 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def tiny_flags(script: str, folder: Path, model_folder: str) -> dict:
+    """Flags of a run of a second or two below folder, with checkpoints after every other step."""
+    flags = {"output_dir": str(folder / "runs"), "device": "cpu", "save_steps": 2}
+    if script == "maxent_irl":
+        return {**flags, "max_steps": 6, "num_trajectories": 32}
+    if script == "gail":
+        return {
+            **flags, "num_envs": 4, "num_steps": 30, "total_timesteps": 720, "expert_timesteps": 240, "bc_epochs": 5,
+            "eval_episodes": 4, "eval_steps": 2, "subsample": 5,
+        }  # fmt: skip
+    rows = SUMS if script in ("grpo_llm", "ppo_llm") else PAIRS
+    flags |= {"model_name_or_path": model_folder, "dataset_name": write_rows(folder / "rows.jsonl", rows)}
+    flags |= {"max_steps": 4, "learning_rate": 1e-2, "bf16": False}
+    if rows is PAIRS:
+        return {**flags, "train_batch_size": 8, "max_eval_samples": 6}
+    flags |= {"generation_batch_size": 16, "max_completion_length": 6, "max_eval_samples": 4}
+    return {**flags, "num_generations": 4, "beta": 0.1} if script == "grpo_llm" else flags
+
+
+@pytest.fixture
+def tiny(request, tmp_path, model_folder) -> Callable:
+    """Args of a tiny run of the script that the test's file is about, some of them overridden."""
+    script = request.module.__name__.removeprefix("test_")
+    flags = tiny_flags(script, tmp_path, model_folder)
+    return lambda **others: import_module(script).Args(**{**flags, **others})
+
+
+def digit_reward(prompt: str, completion: str, answer: str | None) -> float:
+    """A reward that a random model gets now and then: the share of digits in its completion."""
+    return sum(character.isdigit() for character in completion) / max(1, len(completion))
+
+
+# Processes are forked from one that has imported the scripts and done nothing: that saves seconds for each of them, and
+# no thread is lost in the fork.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["conftest", *(path.stem for path in ROOT.glob("*.py"))])
+
+
+def run_main(
+    script: str, flags: dict, log: Path, patch: Callable | None = None, environment: dict | None = None
+) -> None:
+    """main in a process of its own, on digit_reward where the script has REWARDS, what it says in the file log. patch
+    is called first; under torchrun's environment there is one thread a process."""
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    os.environ.update(environment or {})
+    if environment:
+        torch.set_num_threads(1)
+    if patch:
+        patch()
+    module = import_module(script)
+    if hasattr(module, "REWARDS"):
+        module.REWARDS = ((digit_reward, 1.0), *module.REWARDS)
+    module.main(module.Args(**flags))

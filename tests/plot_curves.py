@@ -6,7 +6,8 @@
 Runs of ppo_llm.py with a reward model on the embedded task are drawn apart (ppo_llm_reward_model.png: the learned
 reward beside the gold one), and runs on a dataset by its name, the policy scripts' in one picture (<dataset>.png).
 Of a table, the picture is maxent_irl.py's own maps, of the last run; of control (<script>_<env-id>.png), curves over
-environment steps.
+environment steps. Runs of the policy scripts with `--exp-name budget` make budget.png: right answers over the answers
+that were sampled, or given in pairs, for each script the mean and the range of its seeds.
 """
 
 import json
@@ -62,6 +63,8 @@ CONTROL = {
 def picture_and_label(saved: dict) -> tuple[str, str]:
     """The picture that a run belongs to, and what its line is called there."""
     script, args = Path(saved["script"]).stem, saved["args"]
+    if args["exp_name"] == "budget":
+        return "budget", script
     if "env_id" in args:
         return f"{script}_{args['env_id']}", f"seed {args['seed']}"
     if args.get("dataset_name"):
@@ -79,7 +82,25 @@ def curve(events: EventAccumulator, tag: str, over: str | None) -> list[tuple[fl
     return [(count[step] if over else step, value) for step, value in points]
 
 
+def draw_budget(runs: list[tuple[str, EventAccumulator]], answers_a_step: dict[str, int]) -> Figure:
+    """Right answers of the scripts' runs, all on the same task, over the answers that they learned from."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for script in sorted({script for script, _ in runs}):
+        curves = [dict(curve(events, "eval/accuracy", None)) for name, events in runs if name == script]
+        steps = sorted(curves[0])
+        values = [[points[step] for points in curves] for step in steps]
+        x = [step * answers_a_step[script] for step in steps]
+        axes.plot(x, [sum(column) / len(column) for column in values], marker=".", label=script)
+        axes.fill_between(x, list(map(min, values)), list(map(max, values)), alpha=0.2)
+    axes.set(title="right answers, sampled, held-out", xlabel="answers sampled (grpo_llm, ppo_llm) or given (dpo)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def main(folders: list[Path]) -> None:
+    answers_a_step = {}
     pictures = defaultdict(list)
     if not any((folder / "args.json").is_file() for folder in folders):
         sys.exit("no run folder among the arguments")
@@ -87,13 +108,22 @@ def main(folders: list[Path]) -> None:
         if (folder / "args.json").is_file():
             events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
             events.Reload()
-            picture, label = picture_and_label(json.loads((folder / "args.json").read_text()))
+            saved = json.loads((folder / "args.json").read_text())
+            picture, label = picture_and_label(saved)
+            args = saved["args"]
+            answers = args.get("generation_batch_size") or 2 * args.get("train_batch_size", 0)
+            answers_a_step[Path(saved["script"]).stem] = answers
             if "maps/sampled" in events.Tags()["images"]:
                 image = events.Images("maps/sampled")[-1].encoded_image_string
                 (Path(__file__).parent / "curves" / "maxent_irl.png").write_bytes(image)
                 continue
             pictures[picture].append((label, events))
     for picture, runs in pictures.items():
+        path = Path(__file__).parent / "curves" / f"{picture}.png"
+        if picture == "budget":
+            draw_budget(runs, answers_a_step).savefig(path, dpi=110)
+            print(path)
+            continue
         control = CONTROL.get(picture.rpartition("_")[0])
         curves = control or CURVES.get(picture, DATASET)
         over = "charts/env_steps" if control else "train/num_tokens" if curves is DATASET else None
@@ -108,8 +138,6 @@ def main(folders: list[Path]) -> None:
             axes.locator_params(axis="x", nbins=5)
             axes.grid(alpha=0.3)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-        path = Path(__file__).parent / "curves" / f"{picture}.png"
-        path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=110)
         print(path)
 

@@ -2,15 +2,11 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
+from conftest import PAIRS, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 import dpo
@@ -182,24 +178,6 @@ def test_a_damaged_cache_is_computed_again(tiny):
 # ---- the whole script on a tiny model
 
 
-PAIRS = [
-    {"prompt": f"{a}+{b}=", "chosen": f"{a}" * (1 + b % 3), "rejected": f"-{b}=" * (1 + a % 2)}
-    for a in range(6)
-    for b in range(6)
-]
-
-
-@pytest.fixture
-def tiny(tmp_path, model_folder):
-    """Flags of a run of seconds, to be overridden."""
-    defaults = {
-        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "pairs.jsonl", PAIRS), "max_steps": 4,
-        "train_batch_size": 8, "learning_rate": 1e-2, "max_eval_samples": 6, "output_dir": str(tmp_path / "runs"),
-        "device": "cpu", "bf16": False, "save_steps": 2,
-    }  # fmt: skip
-    return lambda **flags: Args(**{**defaults, **flags})
-
-
 def test_a_run_learns_logs_and_saves(tiny, capsys):
     args = tiny(max_steps=20)
     metrics = main(args)
@@ -271,29 +249,6 @@ def test_the_reference_is_computed_once_and_found_again(tiny, monkeypatch):
     assert calls == [36, 6, 6]
 
 
-def test_a_killed_run_resumes_exactly(tiny, tmp_path):
-    whole, killed = (tiny(output_dir=str(tmp_path / name), max_steps=6, warmup_steps=2) for name in ("whole", "killed"))
-    main(whole)
-    program = (
-        "import json, os, signal, sys, dpo\n"
-        "real = os.replace; n = []\n"
-        "def replace(a, b):\n"
-        "    n.append('checkpoint' in str(b)); sum(n) < 2 or os.kill(os.getpid(), signal.SIGKILL); real(a, b)\n"
-        "os.replace = replace\n"
-        "dpo.main(dpo.Args(**json.loads(sys.argv[1])))"
-    )
-    command = [sys.executable, "-c", program, json.dumps(dpo.asdict(killed))]
-    dead = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
-    folder = run_folder(killed)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 2
-    metrics = main(Args(resume=str(folder)))
-    ours, theirs = weights(folder), weights(run_folder(whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    expected = json.loads((run_folder(whole) / "summary.json").read_text())
-    assert all(metrics[name] == expected[name] for name in expected if name != "wall_seconds")
-
-
 def test_microbatches_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
     found = []
     for number, flags in enumerate(({}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True})):
@@ -303,24 +258,6 @@ def test_microbatches_and_gradient_checkpointing_do_not_change_the_result(tiny, 
     for other, norms in found[1:]:
         assert all(torch.allclose(found[0][0][name], other[name], atol=1e-5) for name in other)
         assert [n for _, n in norms] == pytest.approx([n for _, n in found[0][1]], rel=1e-4)
-
-
-def test_two_processes_equal_one(tiny, tmp_path):
-    runs = [tiny(output_dir=str(tmp_path / name), max_steps=3, learning_rate=1e-3) for name in ("1", "2")]
-    program = tmp_path / "run.py"
-    program.write_text("import json, sys, dpo\ndpo.main(dpo.Args(**json.loads(sys.argv[1])))\n")
-    for count, args in enumerate(runs, 1):
-        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--rdzv-backend=c10d"]
-        command = [sys.executable, *launch, "--rdzv-endpoint=localhost:0", str(program), json.dumps(dpo.asdict(args))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert finished.returncode == 0, finished.stderr[-2000:]
-    one, two = map(run_folder, runs)
-    ours, theirs = weights(two), weights(one)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-    logs = scalars(one), scalars(two)
-    for tag in ("train/loss", "train/logps/chosen", "eval/rewards/margins", "train/grad_norm"):
-        assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], rel=1e-4, abs=1e-6)
 
 
 def test_the_embedded_run_learns_its_preferences(tmp_path):
@@ -343,40 +280,6 @@ def test_sampled_accuracy_counts_final_results(monkeypatch):
     examples = [{"prompt": "5+7=", "query": tokenizer("5+7=").input_ids, "answer": "12"}] * 4
     accuracy, table = dpo.sampled_accuracy(model, tokenizer, examples, seed=1)
     assert accuracy == 0.5 and "| 5+7= | -2=12 | 1.00 |" in table and "| 5+7= | 12=2 | 0.00 |" in table
-
-
-ROW = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
-BAD_INPUTS = {
-    "unknown loss": ({"loss_type": "kto"}, None, "--loss-type kto"),
-    "smoothing of a half": ({"label_smoothing": 0.5}, None, "--label-smoothing must be below 0.5"),
-    "smoothing without a meaning": ({"loss_type": "ipo", "label_smoothing": 0.1}, None, "--label-smoothing"),
-    "beta 0": ({"beta": 0.0}, None, "--beta"),
-    "no length": ({"max_length": 0}, None, "--max-length"),
-    "missing reference": ({"ref_model_name_or_path": "no/such"}, None, "--ref-model-name-or-path no/such"),
-    "data without a model": ({"model_name_or_path": None}, None, "--model-name-or-path"),
-    "no rejected column": ({}, {"prompt": "1", "chosen": "2"}, "['chosen', 'prompt']"),
-    "no prompt": ({}, {"chosen": "2", "rejected": "3"}, "needs `prompt`"),
-    "empty prompt": ({}, {**ROW, "prompt": " "}, "row 1 is empty"),
-    "three answers": ({}, {"prompt": "1", "completions": ["1", "2", "3"]}, "row 1 has 3 completions"),
-    "completions of a text": ({}, {"prompt": "1", "completions": "23"}, "'23' in `completions` is not a list"),
-    "completions of a number": ({}, {"prompt": "1", "completions": 5}, "5 in `completions` is not a list"),
-    "answer of a number": ({}, {**ROW, "chosen": 2}, "neither a text"),
-    "only identical answers": ({}, {**ROW, "rejected": "2"}, "no training pair is left"),
-    "only long prompts": ({"max_length": 4}, ROW, "too long a prompt"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_sentence_and_code_2(tiny, tmp_path, case, capsys):
-    flags, row, words = BAD_INPUTS[case]
-    if row is not None:
-        flags = {**flags, "dataset_name": write_rows(tmp_path / "bad.jsonl", [row] * 20)}
-    with pytest.raises(SystemExit) as stop:
-        main(tiny(**flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
 
 
 def test_the_first_twenty_losses_and_rewards_are_trls(shared, tmp_path):

@@ -4,10 +4,7 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
 import gail
 import gymnasium
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_folder, scalars
+from conftest import run_folder, scalars
 from gail import (
     Args,
     Policy,
@@ -329,16 +326,6 @@ def test_a_score_counts_from_where_it_stays():
 # ---- the whole script
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """Flags of a run of a second, to be overridden."""
-    defaults = {
-        "output_dir": str(tmp_path / "runs"), "device": "cpu", "num_envs": 4, "num_steps": 30, "total_timesteps": 720,
-        "expert_timesteps": 240, "bc_epochs": 5, "eval_episodes": 4, "eval_steps": 2, "subsample": 5, "save_steps": 2,
-    }  # fmt: skip
-    return lambda **flags: Args(**{**defaults, **flags})
-
-
 def test_an_iteration_is_algorithm_1s(tiny, monkeypatch):
     """Fresh trajectories; D's steps; the reward by the new D with -lambda log pi; advantages; TRPO; the value network.
     One normaliser for the expert's and the policy's observations."""
@@ -415,41 +402,6 @@ def test_a_tiny_run_logs_saves_and_says_its_table(tiny, capsys):
     assert again["eval/expert_return"] == metrics["eval/expert_return"]
 
 
-FLAGS = [{"gradient_penalty": 1.0, "ent_coef": 0.01}, {"env_id": "Pendulum-v1", "bc_warm_start": True}]
-
-
-@pytest.mark.parametrize("flags, checkpoint", zip(FLAGS, (1, 2)))
-def test_a_killed_run_resumes_exactly(tiny, tmp_path, flags, checkpoint):
-    """Bit-equal policy, reward, metrics and curves after SIGKILL at a checkpoint, the first one being that before the
-    loop, and --resume."""
-    whole, killed = (tiny(output_dir=str(tmp_path / name), **flags) for name in ("whole", "killed"))
-    expected = main(whole)
-    program = tmp_path / "run.py"
-    program.write_text(
-        "import json, os, signal, sys, gail\nreal = gail.save_checkpoint; n = []\n"
-        "def save(path, state):\n    real(path, state); n.append(1)\n"
-        f"    if len(n) == {checkpoint}: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "gail.save_checkpoint = save\ngail.main(gail.Args(**json.loads(sys.argv[1])))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    dead = subprocess.run(
-        [sys.executable, program, json.dumps(asdict(killed))], env=environment, capture_output=True, timeout=300
-    )
-    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
-    folder = run_folder(killed)
-    assert not (folder / "summary.json").exists()
-    metrics = main(Args(resume=str(folder)))
-    for name in ("reward", "policy"):
-        ours, theirs = (load_file(x / f"{name}.safetensors") for x in (folder, run_folder(whole)))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    times = {"wall_seconds", "cpu_seconds", "cpu_seconds_to_0.95"}
-    assert all(metrics[key] == expected[key] for key in set(expected) - times)
-    resumed, unbroken = scalars(folder), scalars(run_folder(whole))
-    assert set(resumed) == set(unbroken)
-    for tag in set(unbroken) - {"charts/SPS", "charts/cpu_seconds"}:
-        assert dict(resumed[tag]) == dict(unbroken[tag])
-
-
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch, capsys):
     expected = main(tiny(output_dir=str(tmp_path / "whole"), constant_action=0))
     broken = tiny(output_dir=str(tmp_path / "broken"), constant_action=0, save_steps=100)
@@ -499,59 +451,6 @@ def test_real_mujoco_demonstrations(shared, tiny):
     path = str(shared / "data/experts/HalfCheetah-v4_expert.npz")
     metrics = main(tiny(env_id="HalfCheetah-v4", demos=path, num_demos=2, subsample=20, total_timesteps=240))
     assert metrics["eval/expert_return"] == pytest.approx(4034.8, abs=1) and metrics["demo_pairs"] == 100
-
-
-def demo_file(folder: Path, **changes) -> str:
-    data = {"obs": np.zeros((6, 4), np.float32), "act": np.zeros(6, np.int64), "lengths": np.array([2, 4])}
-    data |= changes
-    np.savez(folder / "bad.npz", **{key: x for key, x in data.items() if x is not None})
-    return str(folder / "bad.npz")
-
-
-NAN = np.full((6, 4), np.nan, np.float32)
-
-
-@pytest.mark.parametrize(
-    "changes, flags, message",
-    [
-        ({"obs": None}, {}, "has no key obs"),
-        ({"obs": np.zeros((6, 3), np.float32)}, {}, "obs has shape (6, 3), wanted (6, 4)"),
-        ({"act": np.zeros((6, 2))}, {}, "act has shape (6, 2), wanted (6,)"),
-        ({"act": np.array([0, 1, 2, 0, 0, 0])}, {}, "act has values from 0 to 2"),
-        ({"obs": NAN}, {}, "no finite numbers"),
-        ({}, {"num_demos": 3}, "--num-demos 3, but"),
-        ({}, {"env_id": "Pendulum-v1"}, "obs has shape (6, 4), wanted (6, 3)"),
-        ({}, {"constant_action": 0}, "--constant-action makes demonstrations"),
-    ],
-)
-def test_bad_demonstrations_are_one_sentence_and_code_2(changes, flags, message, tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(tiny(demos=demo_file(tmp_path, **changes), **flags))
-    text = capsys.readouterr().err
-    assert stop.value.code == 2 and text.startswith("error: --") and message in text and text.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"demos": "missing.npz"}, "--demos missing.npz cannot be read"),
-        ({"env_id": "Nothing-v0"}, "--env-id Nothing-v0 cannot be made"),
-        ({"env_id": "FrozenLake-v1"}, "has observations Discrete(16)"),
-        ({"gamma": 1.0}, "--gamma 1.0 must be below 1"),
-        ({"total_timesteps": 0}, "--total-timesteps must be positive"),
-        ({"ent_coef": -1.0}, "--ent-coef must not be negative"),
-        ({"constant_action": 2}, "--constant-action 2 is no action of CartPole-v1"),
-        ({"env_id": "Pendulum-v1", "constant_action": 0}, "--constant-action 0 is no action of Pendulum-v1"),
-        ({"resume": "nowhere"}, "--resume nowhere is not a run folder"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_code_2(flags, message, tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(tiny(**flags))
-    text = capsys.readouterr().err
-    assert stop.value.code == 2 and text.startswith("error: ") and message in text and text.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
 
 
 def test_a_missing_extra_is_one_sentence_with_the_pip_command(tiny, monkeypatch, capsys):

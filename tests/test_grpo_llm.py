@@ -7,12 +7,11 @@ import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
+from conftest import CONFIGS, ROOT, digit_reward, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -524,45 +523,9 @@ def test_the_reward_models_standardisation_is_asked_for(tmp_path, capsys):
 # ---- the whole script on a tiny model
 
 
-SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
-
-
-@pytest.fixture
-def tiny(tmp_path, model_folder):
-    """Flags of a run of seconds, to be overridden."""
-    defaults = {
-        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "sums.jsonl", SUMS), "max_steps": 4,
-        "generation_batch_size": 16, "num_generations": 4, "max_completion_length": 6, "learning_rate": 1e-2,
-        "max_eval_samples": 4, "output_dir": str(tmp_path / "runs"), "device": "cpu", "bf16": False, "save_steps": 2,
-        "beta": 0.1,
-    }  # fmt: skip
-    return lambda **flags: Args(**{**defaults, **flags})
-
-
-def digit_reward(prompt, completion, answer):
-    """A reward that a random model gets now and then: the share of digits in its completion."""
-    return sum(c.isdigit() for c in completion) / max(1, len(completion))
-
-
 @pytest.fixture(autouse=True)
 def graded_reward(monkeypatch):
     monkeypatch.setattr(grpo_llm, "REWARDS", ((digit_reward, 1.0), *grpo_llm.REWARDS))
-
-
-def run_apart(args: Args, folder: Path, processes: int = 1, before: str = "") -> subprocess.CompletedProcess:
-    """main(args) in processes of its own, under torchrun where there are several."""
-    program = folder / "run.py"
-    program.write_text(
-        "import json, os, signal, sys, torch, grpo_llm\nfrom test_grpo_llm import digit_reward\n"
-        "grpo_llm.REWARDS = ((digit_reward, 1.0), *grpo_llm.REWARDS)\n"
-        f"{before}\ngrpo_llm.main(grpo_llm.Args(**json.loads(sys.argv[1])))\n"
-    )
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *(launch + ["--rdzv-backend=c10d"]) * (processes > 1), str(program)]
-    threads = str(torch.get_num_threads() if processes == 1 else 1)  # another number of them rounds sums differently
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": threads}
-    flags = json.dumps(grpo_llm.asdict(args))
-    return subprocess.run([*command, flags], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_run_learns_logs_and_saves(tiny, capsys):
@@ -582,47 +545,6 @@ def test_a_run_learns_logs_and_saves(tiny, capsys):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids == make_tokenizer()("1+2=").input_ids
     assert torch.equal(model.state_dict()["model.norm.weight"], weights(folder)["model.norm.weight"])
-
-
-KILLS = {  # the second checkpoint is being written when the process dies
-    "while writing": "real = torch.save; n = []\n"
-    "def save(state, file): n.append(1); len(n) < 2 or (file.write(b'x'), file.flush(), die()); real(state, file)\n"
-    "torch.save = save",
-    "before renaming": "real = os.replace; n = []\n"
-    "def replace(a, b): n.append(1); len(n) < 2 or die(); real(a, b)\n"
-    "os.replace = replace",
-    "after renaming": "real = os.replace; n = []\n"
-    "def replace(a, b): n.append(1); real(a, b); len(n) < 2 or die()\n"
-    "os.replace = replace",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "moment, flags",
-    [
-        ("while writing", {"warmup_steps": 3}),
-        ("before renaming", {"num_iterations": 2, "loss_type": "grpo", "importance_sampling_level": "sequence"}),
-        ("after renaming", {"lr_scheduler_type": "cosine"}),
-    ],
-)
-def test_a_killed_run_resumes_exactly(tiny, tmp_path, moment, flags):
-    """Bit-equal parameters, metrics and curves after SIGKILL and --resume, the curves in one piece."""
-    flags = {**flags, "max_steps": 6, "eval_steps": 3}
-    whole, killed = (tiny(output_dir=str(tmp_path / name), **flags) for name in ("whole", "killed"))
-    main(whole)
-    dead = run_apart(killed, tmp_path, before=f"def die(): os.kill(os.getpid(), signal.SIGKILL)\n{KILLS[moment]}")
-    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
-    folder = run_folder(killed)
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-    assert step == (4 if moment == "after renaming" else 2) and not (folder / "summary.json").exists()
-    metrics = main(Args(resume=str(folder)))
-    ours, theirs = weights(folder), weights(run_folder(whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    expected = json.loads((run_folder(whole) / "summary.json").read_text())
-    assert all(metrics[name] == expected[name] for name in expected if name != "wall_seconds")
-    resumed, unbroken = scalars(folder), scalars(run_folder(whole))
-    for tag in set(unbroken) - {"charts/SPS"}:
-        assert dict(resumed[tag]) == dict(unbroken[tag])  # a step that was repeated has the same value
 
 
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch):
@@ -765,21 +687,6 @@ def test_the_loop_does_what_the_flags_say(tiny, model_folder, tmp_path, monkeypa
     assert max(seen["norm"]) < 1.01e-3
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_two_processes_equal_one(tiny, tmp_path, beta):
-    """torchrun with two gloo processes: the same rollouts, and the same parameters to 1e-5 after three updates."""
-    runs = [tiny(output_dir=str(tmp_path / name), max_steps=3, beta=beta, learning_rate=1e-3) for name in ("1", "2")]
-    for count, args in enumerate(runs, 1):
-        finished = run_apart(args, tmp_path, count)
-        assert finished.returncode == 0, finished.stderr[-2000:]
-    one, two = map(run_folder, runs)
-    ours, theirs = weights(two), weights(one)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-    logs = scalars(one), scalars(two)
-    for tag in ("train/reward", "train/completions/mean_length", "train/num_tokens", "eval/reward", "train/grad_norm"):
-        assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], rel=1e-4)
-
-
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny):
     args = tiny(bf16=True, max_steps=2)
     metrics = main(args)
@@ -849,69 +756,6 @@ def test_a_non_finite_gradient_stops_with_the_step_and_a_saved_state(tiny, monke
     assert stop.value.code == 2 and "step 1 is not finite" in capsys.readouterr().err
     state = torch.load(run_folder(args) / "nonfinite.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["model"].values())
-
-
-BAD_INPUTS = {
-    "no generations": ({"num_generations": 0}, "--num-generations"),
-    "empty batch": ({"generation_batch_size": 0}, "--generation-batch-size"),
-    "negative warm-up": ({"warmup_steps": -1}, "--warmup-steps"),
-    "missing model": ({"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
-    "missing reward model": ({"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
-    "missing data": ({"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
-    "missing hub data": ({"dataset_name": "no/such-data"}, "--dataset-name no/such-data"),
-    "data without a model": ({"model_name_or_path": None}, "--model-name-or-path"),
-    "group of one": ({"num_generations": 1}, "--num-generations"),
-    "batch that does not divide": ({"generation_batch_size": 18}, "--generation-batch-size 18"),
-    "no steps": ({"max_steps": 0}, "--max-steps"),
-    "temperature 0": ({"temperature": 0.0}, "--temperature"),
-    "negative length": ({"max_completion_length": -1}, "--max-completion-length"),
-    "too long for the context": ({"max_completion_length": 127}, "--max-completion-length"),
-    "no CUDA": ({"device": "cuda"}, "--device cuda"),
-    "no place for the run folder": ({"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
-    "no run folder": ({"resume": "nowhere"}, "--resume nowhere"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_sentence_and_code_2(tiny, case, capsys):
-    flags, words = BAD_INPUTS[case]
-    if case == "no CUDA" and torch.cuda.is_available():
-        pytest.skip("there is CUDA")
-    args = Args(**flags) if "resume" in flags else tiny(**flags)
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not Path(args.output_dir).exists() or "resume" in flags
-
-
-BAD_ROWS = {
-    "prompt of a number": ('{"prompt": 5, "answer": "1"}\n' * 9, "5 is neither a text"),
-    "prompt of texts": ('{"prompt": ["a"], "answer": "1"}\n' * 9, "['a'] is neither a text"),
-    "null content": ('{"prompt": [{"role": "user", "content": null}]}\n' * 9, "is neither a text"),
-    "no turns": ('{"prompt": [], "answer": "1"}\n' * 9, "row 1 is empty"),
-    "broken line": ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n', "line 2"),
-    "not an object": ("[1, 2]\n", "line 1"),
-    "no prompt column": ('{"text": "1"}\n' * 9, "['text']"),
-    "empty prompt": ('{"prompt": " ", "answer": "1"}\n' * 9, "row 1 is empty"),
-    "answer that is no number": ('{"prompt": "1+1=", "answer": "x^2"}\n' * 9, "with answer 'x^2'"),
-    "no answer and no reward model": ('{"prompt": "1+1="}\n' * 9, "--reward-model-path"),
-    "too long a prompt": (json.dumps({"prompt": "1" * 126, "answer": "1"}) + "\n", "126 tokens"),
-    "empty file": ("", "0 training"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows_are_named(tiny, tmp_path, case, capsys, monkeypatch):
-    monkeypatch.setattr(grpo_llm, "REWARDS", grpo_llm.REWARDS[1:])
-    text, words = BAD_ROWS[case]
-    (tmp_path / "bad.jsonl").write_text(text * (9 if case == "too long a prompt" else 1))
-    with pytest.raises(SystemExit) as stop:
-        main(tiny(dataset_name=str(tmp_path / "bad.jsonl")))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and "--dataset-name" in error
-    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_numpys_numbers_are_rewards(tiny, monkeypatch):

@@ -4,13 +4,11 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
+from conftest import digit_reward, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -257,25 +255,6 @@ def test_values_are_fp32_under_autocast():
 # ---- the whole script on a tiny model
 
 
-SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
-
-
-@pytest.fixture
-def tiny(tmp_path, model_folder):
-    """Flags of a run of seconds, to be overridden."""
-    defaults = {
-        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "sums.jsonl", SUMS), "max_steps": 4,
-        "generation_batch_size": 16, "max_completion_length": 6, "learning_rate": 1e-2, "max_eval_samples": 4,
-        "output_dir": str(tmp_path / "runs"), "device": "cpu", "bf16": False, "save_steps": 2,
-    }  # fmt: skip
-    return lambda **flags: Args(**{**defaults, **flags})
-
-
-def digit_reward(prompt, completion, answer):
-    """A reward that a random model gets now and then: the share of digits in its completion."""
-    return sum(c.isdigit() for c in completion) / max(1, len(completion))
-
-
 @pytest.fixture(autouse=True)
 def graded_reward(monkeypatch):
     monkeypatch.setattr(ppo_llm, "REWARDS", ((digit_reward, 1.0), *ppo_llm.REWARDS))
@@ -294,23 +273,6 @@ def reward_folder(model_folder, tmp_path_factory) -> str:
     return str(folder)
 
 
-def run_apart(args: Args, folder: Path, processes: int = 1, before: str = "") -> subprocess.CompletedProcess:
-    """main(args) in processes of its own, under torchrun where there are several."""
-    program = folder / "run.py"
-    program.write_text(
-        "import json, os, signal, sys, torch, ppo_llm\nfrom test_ppo_llm import digit_reward\n"
-        "ppo_llm.REWARDS = ((digit_reward, 1.0), *ppo_llm.REWARDS)\n"
-        f"{before}\nppo_llm.main(ppo_llm.Args(**json.loads(sys.argv[1])))\n"
-    )
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *(launch + ["--rdzv-backend=c10d"]) * (processes > 1), str(program)]
-    threads = str(torch.get_num_threads() if processes == 1 else 1)  # another number of them rounds sums differently
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": threads}
-    flags = json.dumps(ppo_llm.asdict(args))
-    return subprocess.run([*command, flags], env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("shared_backbone", [False, True])
 def test_a_run_learns_logs_and_saves(tiny, capsys, shared_backbone):
     args = tiny(max_steps=12, num_mini_batches=2, share_value_backbone=shared_backbone)
     metrics = main(args)
@@ -604,57 +566,6 @@ def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(t
             assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-3)
 
 
-@pytest.mark.parametrize("flags", [
-    {"num_mini_batches": 2, "whiten_rewards": True},
-    {"share_value_backbone": True, "num_generations": 4, "target_kl": 1e-4},
-])  # fmt: skip
-def test_two_processes_equal_one(tiny, tmp_path, flags):
-    """torchrun with two gloo processes: the same rollouts and minibatches, and the same parameters to 1e-5."""
-    runs = [tiny(output_dir=str(tmp_path / n), max_steps=3, learning_rate=1e-3, kl_target=0.01, **flags) for n in "12"]
-    for count, args in enumerate(runs, 1):
-        finished = run_apart(args, tmp_path, count)
-        assert finished.returncode == 0, finished.stderr[-2000:]
-    one, two = map(run_folder, runs)
-    ours, theirs = weights(two), weights(one)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-    logs = scalars(one), scalars(two)
-    for tag in set(logs[0]) - {"charts/SPS", "train/sampling/sampling_logp_difference/max"}:
-        values = [[v for _, v in log[tag]] for log in logs]
-        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-5), tag
-
-
-@pytest.mark.parametrize("flags", [
-    {"kl_target": 0.01, "num_mini_batches": 2}, {"share_value_backbone": True, "lr_scheduler_type": "cosine"},
-])  # fmt: skip
-def test_a_killed_run_resumes_exactly(tiny, tmp_path, flags):
-    """Bit-equal parameters of both networks, metrics and curves after SIGKILL and --resume."""
-    flags = {**flags, "max_steps": 6, "eval_steps": 3}
-    whole, killed = (tiny(output_dir=str(tmp_path / name), **flags) for name in ("whole", "killed"))
-    main(whole)
-    die = (  # the second checkpoint is written, but not yet in its place
-        "real = os.replace; n = []\n"
-        "def replace(a, b): n.append(1); len(n) < 2 or os.kill(os.getpid(), signal.SIGKILL); real(a, b)\n"
-        "os.replace = replace"
-    )
-    dead = run_apart(killed, tmp_path, before=die)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
-    folder = run_folder(killed)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 2
-    metrics = main(Args(resume=str(folder)))
-    states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, run_folder(whole))]
-    for part in ("model", "critic"):
-        assert all(torch.equal(x, states[1][part][name]) for name, x in states[0][part].items())
-    for part in ("optimizer", "critic_optimizer"):
-        for index, moments in states[0][part]["state"].items():
-            assert all(torch.equal(x, states[1][part]["state"][index][name]) for name, x in moments.items())
-    assert states[0]["kl_coef"] == states[1]["kl_coef"]
-    expected = json.loads((run_folder(whole) / "summary.json").read_text())
-    assert all(metrics[name] == expected[name] for name in expected if name != "wall_seconds")
-    resumed, unbroken = scalars(folder), scalars(run_folder(whole))
-    for tag in set(unbroken) - {"charts/SPS"}:
-        assert dict(resumed[tag]) == dict(unbroken[tag])
-
-
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch):
     whole = tiny(output_dir=str(tmp_path / "whole"))
     main(whole)
@@ -705,43 +616,6 @@ def test_a_non_finite_gradient_stops_with_the_step_and_a_saved_state(tiny, monke
     assert stop.value.code == 2 and "step 1 is not finite" in capsys.readouterr().err
     state = torch.load(run_folder(args) / "nonfinite.pt", weights_only=True)
     assert all(x.isfinite().all() for part in ("model", "critic") for x in state[part].values())
-
-
-BAD_INPUTS = {
-    "no generations": ({"num_generations": 0}, "--num-generations"),
-    "no epochs": ({"num_ppo_epochs": 0}, "--num-ppo-epochs"),
-    "batch that does not divide": ({"num_mini_batches": 3}, "--num-mini-batches 3"),
-    "groups that do not divide": ({"num_generations": 8, "num_mini_batches": 4}, "--num-generations 8"),
-    "discount above 1": ({"gamma": 1.01}, "--gamma"),
-    "negative lambda": ({"lam": -0.1}, "--lam"),
-    "negative KL": ({"kl_coef": -0.1}, "--kl-coef"),
-    "KL target 0": ({"kl_target": 0.0}, "--kl-target"),
-    "KL horizon within a rollout": ({"kl_target": 6.0, "kl_horizon": 10}, "--kl-horizon 10"),
-    "KL target without a KL": ({"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target"),
-    "value range 0": ({"cliprange_value": 0.0}, "--cliprange-value"),
-    "negative entropy": ({"ent_coef": -1.0}, "--ent-coef"),
-    "negative penalty": ({"missing_eos_penalty": -1.0}, "--missing-eos-penalty"),
-    "missing model": ({"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
-    "missing reward model": ({"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
-    "nothing to standardise": ({"normalize_reward_model": True}, "--normalize-reward-model"),
-    "missing data": ({"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
-    "data without a model": ({"model_name_or_path": None}, "--model-name-or-path"),
-    "too long for the context": ({"max_completion_length": 127}, "--max-completion-length"),
-    "no place for the run folder": ({"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
-    "no run folder": ({"resume": "nowhere"}, "--resume nowhere"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_sentence_and_code_2(tiny, case, capsys):
-    flags, words = BAD_INPUTS[case]
-    args = Args(**flags) if "resume" in flags else tiny(**flags)
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not Path(args.output_dir).exists() or "resume" in flags
 
 
 def test_a_task_without_a_reward_is_refused_and_a_reward_model_gives_one(

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ROOT, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
+from conftest import CONFIGS, PAIRS, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MistralConfig
 
@@ -245,23 +243,6 @@ def test_other_encoders_get_a_head(tmp_path, architecture):
 
 # ---- the whole script on a tiny model
 
-PAIRS = [
-    {"prompt": f"{a}+{b}=", "chosen": f"{a}" * (1 + b % 3), "rejected": f"-{b}=" * (1 + a % 2)}
-    for a in range(6)
-    for b in range(6)
-]
-
-
-@pytest.fixture
-def tiny(tmp_path, model_folder):
-    """Flags of a run of seconds, to be overridden."""
-    defaults = {
-        "model_name_or_path": model_folder, "dataset_name": write_rows(tmp_path / "pairs.jsonl", PAIRS), "max_steps": 4,
-        "train_batch_size": 8, "learning_rate": 1e-2, "max_eval_samples": 6, "output_dir": str(tmp_path / "runs"),
-        "device": "cpu", "bf16": False, "save_steps": 2,
-    }  # fmt: skip
-    return lambda **flags: Args(**{**defaults, **flags})
-
 
 def test_a_run_learns_logs_and_saves_what_others_load(tiny, capsys):
     args = tiny(max_steps=20)
@@ -322,29 +303,6 @@ def test_margins_labels_and_centring_reach_the_loss(tiny, tmp_path):
     assert scalars(run_folder(args))["train/loss"][0][1] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_killed_run_resumes_exactly(tiny, tmp_path):
-    whole, killed = (tiny(output_dir=str(tmp_path / name), max_steps=6, warmup_steps=2) for name in ("whole", "killed"))
-    main(whole)
-    program = (
-        "import json, os, signal, sys, reward_model\n"
-        "real = os.replace; n = []\n"
-        "def replace(a, b):\n"
-        "    n.append('checkpoint' in str(b)); sum(n) < 2 or os.kill(os.getpid(), signal.SIGKILL); real(a, b)\n"
-        "os.replace = replace\n"
-        "reward_model.main(reward_model.Args(**json.loads(sys.argv[1])))"
-    )
-    command = [sys.executable, "-c", program, json.dumps(reward_model.asdict(killed))]
-    dead = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
-    folder = run_folder(killed)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 2
-    metrics = main(Args(resume=str(folder)))
-    ours, theirs = weights(folder), weights(run_folder(whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    expected = json.loads((run_folder(whole) / "summary.json").read_text())
-    assert all(metrics[name] == expected[name] for name in expected if name != "wall_seconds")
-
-
 def test_microbatches_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
     found = []
     for number, flags in enumerate(({}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True})):
@@ -354,25 +312,6 @@ def test_microbatches_and_gradient_checkpointing_do_not_change_the_result(tiny, 
     for other, norms in found[1:]:
         assert all(torch.allclose(found[0][0][name], other[name], atol=1e-5) for name in other)
         assert [n for _, n in norms] == pytest.approx([n for _, n in found[0][1]], rel=1e-4)
-
-
-def test_two_processes_equal_one(tiny, tmp_path):
-    runs = [tiny(output_dir=str(tmp_path / name), max_steps=3, learning_rate=1e-3) for name in ("1", "2")]
-    program = tmp_path / "run.py"
-    program.write_text("import json, sys, reward_model as r\nr.main(r.Args(**json.loads(sys.argv[1])))\n")
-    for count, args in enumerate(runs, 1):
-        launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--rdzv-backend=c10d"]
-        flags = json.dumps(reward_model.asdict(args))
-        command = [sys.executable, *launch, "--rdzv-endpoint=localhost:0", str(program), flags]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert finished.returncode == 0, finished.stderr[-2000:]
-    one, two = map(run_folder, runs)
-    ours, theirs = weights(two), weights(one)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-    logs = scalars(one), scalars(two)
-    for tag in ("train/loss", "train/mean_reward", "eval/accuracy", "train/grad_norm"):
-        assert [v for _, v in logs[0][tag]] == pytest.approx([v for _, v in logs[1][tag]], rel=1e-4, abs=1e-6)
 
 
 def test_an_encoder_is_trained_too(tiny, tmp_path, capsys):
@@ -387,34 +326,3 @@ def test_the_embedded_run_learns(tmp_path):
     metrics = main(Args(output_dir=str(tmp_path), sft_steps=60, max_steps=60, max_eval_samples=64, device="cpu",
                         bf16=False))  # fmt: skip
     assert metrics["eval/accuracy"] > 0.6 and metrics["eval/loss"] < metrics["eval/loss_before"]
-
-
-ROW = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
-BAD_INPUTS = {
-    "one answer": ({}, {"prompt": "1", "completions": ["1"]}, "row 1 has one completion"),
-    "no rejected column": ({}, {"prompt": "1", "chosen": "2"}, "['chosen', 'prompt']"),
-    "empty prompt": ({}, {**ROW, "prompt": " "}, "row 1 is empty"),
-    "margin of a text": ({}, {**ROW, "margin": "big"}, "the margin 'big'"),
-    "label above 1": ({}, {**ROW, "label": 1.5}, "the label 1.5"),
-    "margin of a ranking": ({}, {"prompt": "1", "completions": ["1", "2", "3"], "margin": 1}, "for pairs only"),
-    "only identical answers": ({}, {**ROW, "rejected": "2"}, "no training ranking is left"),
-    "only ties": ({}, {**ROW, "label": 0.5}, "every held-out pair is a tie"),
-    "completions of a text": ({}, {"prompt": "1", "completions": "23"}, "'23' in `completions` is not a list"),
-    "negative centring": ({"center_rewards_coefficient": -1.0}, None, "--center-rewards-coefficient"),
-    "no batch": ({"train_batch_size": 0}, None, "--train-batch-size"),
-    "missing model": ({"model_name_or_path": "no/such"}, None, "--model-name-or-path no/such"),
-    "data without a model": ({"model_name_or_path": None}, None, "--model-name-or-path"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_sentence_and_code_2(tiny, tmp_path, case, capsys):
-    flags, row, words = BAD_INPUTS[case]
-    if row is not None:
-        flags = {**flags, "dataset_name": write_rows(tmp_path / "bad.jsonl", [row] * 20)}
-    with pytest.raises(SystemExit) as stop:
-        main(tiny(**flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,358 @@
+"""What goes wrong from outside: kills while a checkpoint is written, and bad input."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROCESSES, digit_reward, run_folder, run_main, scalars, tiny_flags
+
+# ---- SIGKILL
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment: str, number: int) -> None:
+    """This process will be killed around the number-th checkpoint, or before the trained model has got its name."""
+    count, real_save, real_replace = 0, torch.save, os.replace
+
+    def save(state, file):
+        nonlocal count
+        count += "step" in state
+        if moment == "while writing" and count == number:
+            buffer = io.BytesIO()
+            real_save(state, buffer)
+            file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+            file.flush()
+            die()
+        real_save(state, file)
+
+    def replace(aside, path):
+        here = Path(path).name == "checkpoint.pt" and count == number
+        if (here and moment == "before renaming") or (moment == "before the model's renaming" and path.name == "model"):
+            die()
+        real_replace(aside, path)
+        if here and moment == "after renaming":
+            die()
+
+    torch.save, os.replace = save, replace
+
+
+def equal(one, two) -> bool:
+    """Bit-equal states of two checkpoints, but for the time that they took."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return set(one) == set(two) and all(equal(one[key], two[key]) for key in one if "seconds" not in str(key))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return one == two or one != one and two != two
+
+
+CARTPOLE = {
+    "env_id": "CartPole-v1", "num_trajectories": 4, "eval_episodes": 4, "expert_steps": 2, "num_demos": 3, "horizon": 60
+}  # fmt: skip
+PENDULUM = {**CARTPOLE, "env_id": "Pendulum-v1", "reward_inputs": "state", "horizon": 10, "segment_length": 0}
+LLM = {"max_steps": 6, "eval_steps": 3}
+PPO = {**LLM, "kl_target": 0.01}
+GSPO = {"num_iterations": 2, "loss_type": "grpo", "importance_sampling_level": "sequence"}
+WRITING, RENAMING, RENAMED = "while writing", "before renaming", "after renaming"
+MODEL = "before the model's renaming"
+# What is run, the moment of its death, at which checkpoint, and the step of the last one that is whole. The control
+# scripts' first checkpoint precedes the loop.
+KILLS = [
+    ("grpo_llm", {**LLM, "warmup_steps": 3}, WRITING, 2, 2),
+    ("grpo_llm", {**LLM, **GSPO}, RENAMING, 2, 2),
+    ("grpo_llm", {**LLM, "lr_scheduler_type": "cosine"}, RENAMED, 2, 4),
+    ("grpo_llm", LLM, MODEL, None, 6),
+    ("ppo_llm", {**PPO, "num_mini_batches": 2}, WRITING, 2, 2),
+    ("ppo_llm", {**PPO, "share_value_backbone": True, "lr_scheduler_type": "cosine"}, RENAMING, 2, 2),
+    ("ppo_llm", {**PPO, "whiten_rewards": True}, RENAMED, 2, 4),
+    ("ppo_llm", PPO, MODEL, None, 6),
+    ("dpo", {**LLM, "warmup_steps": 2}, WRITING, 2, 2),
+    ("dpo", {**LLM, "loss_type": "ipo"}, RENAMING, 2, 2),
+    ("dpo", {**LLM, "rpo_alpha": 0.1}, RENAMED, 2, 4),
+    ("dpo", LLM, MODEL, None, 6),
+    ("reward_model", {**LLM, "warmup_steps": 2}, WRITING, 2, 2),
+    ("reward_model", {**LLM, "center_rewards_coefficient": 0.1}, RENAMING, 2, 2),
+    ("reward_model", {**LLM, "lr_scheduler_type": "constant"}, RENAMED, 2, 4),
+    ("reward_model", LLM, MODEL, None, 6),
+    ("maxent_irl", {"estimator": "both", "fusion_iterations": 2}, WRITING, 3, 2),
+    ("maxent_irl", {**CARTPOLE, "fusion_iterations": 2, "segment_length": 7}, RENAMING, 3, 2),
+    ("maxent_irl", PENDULUM, RENAMED, 1, 0),
+    ("gail", {"gradient_penalty": 1.0, "ent_coef": 0.01}, WRITING, 3, 2),
+    ("gail", {"env_id": "Pendulum-v1", "bc_warm_start": True}, RENAMING, 3, 2),
+    ("gail", {"discriminator_steps": 2}, RENAMED, 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, flags, moment, number, step", KILLS, ids=[f"{k[0]} {k[2]}" for k in KILLS])
+def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model_folder, tmp_path, monkeypatch):
+    """After SIGKILL and --resume: the last checkpoint, the metrics, the curves and what is saved at the end are
+    bit-equal to those of an unbroken run."""
+    module = import_module(script)
+    if hasattr(module, "REWARDS"):
+        monkeypatch.setattr(module, "REWARDS", ((digit_reward, 1.0), *module.REWARDS))
+    flags = {**tiny_flags(script, tmp_path, model_folder), **flags}
+    runs = [{**flags, "output_dir": str(tmp_path / name)} for name in ("whole", "killed")]
+    expected = module.main(module.Args(**runs[0]))
+    log = tmp_path / "log"
+    process = PROCESSES.Process(target=run_main, args=(script, runs[1], log, partial(die_at, moment, number)))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
+    unbroken, folder = (run_folder(module.Args(**run)) for run in runs)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == step
+    assert not (folder / "summary.json").exists()
+    metrics = module.main(module.Args(resume=str(folder)))
+    assert equal(metrics, expected) and equal(json.loads((folder / "summary.json").read_text()), expected)
+    states = [torch.load(x / "checkpoint.pt", weights_only=True) for x in (folder, unbroken)]
+    for state in states:  # GAIL's evaluations: environment steps, CPU seconds, score, return
+        state["history"] = [[row[0], *row[2:]] for row in state.get("history", [])]
+    assert equal(*states)
+    files = [path.relative_to(unbroken) for path in unbroken.rglob("*.safetensors")]
+    assert files and all((folder / file).read_bytes() == (unbroken / file).read_bytes() for file in files)
+    resumed, curves = scalars(folder), scalars(unbroken)
+    assert set(resumed) == set(curves)
+    for tag in set(curves) - {"charts/SPS", "charts/cpu_seconds"}:
+        assert dict(resumed[tag]) == dict(curves[tag])  # a step that was repeated has the same value
+
+
+# ---- bad input
+
+
+def rows(*rows: dict, text: str | None = None):
+    """The file of --dataset-name, made in the test's folder: these rows 20 times, or the text as it stands."""
+
+    def write(folder: Path, model_folder: str) -> str:
+        path = folder / "bad.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) * 20 if text is None else text)
+        return str(path)
+
+    return write
+
+
+def demos(**changes):
+    """The file of --demos: six steps on CartPole in two episodes, with changes (None: without that key)."""
+
+    def write(folder: Path, model_folder: str) -> str:
+        data = {"obs": np.zeros((6, 4), np.float32), "act": np.zeros(6, np.int64), "lengths": np.array([2, 4])}
+        np.savez(folder / "bad.npz", **{key: x for key, x in {**data, **changes}.items() if x is not None})
+        return str(folder / "bad.npz")
+
+    return write
+
+
+def damaged(file: str, content: bytes | None):
+    """A copy of the model's folder in which a file has other content, or is missing."""
+
+    def write(folder: Path, model_folder: str) -> str:
+        shutil.copytree(model_folder, folder / "damaged")
+        (folder / "damaged" / file).unlink()
+        if content is not None:
+            (folder / "damaged" / file).write_bytes(content)
+        return str(folder / "damaged")
+
+    return write
+
+
+def file(name: str, content: bytes):
+    """A file in the test's folder."""
+
+    def write(folder: Path, model_folder: str) -> str:
+        (folder / name).write_bytes(content)
+        return str(folder / name)
+
+    return write
+
+
+SUM, PAIR = {"prompt": "1+1=", "answer": "2"}, {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+POLES, NAN = {"env_id": "CartPole-v1"}, np.full((6, 4), np.nan, np.float32)
+WEIGHTS = "model.safetensors"
+# Script, flags, and words of the sentence.
+BAD_INPUTS = [
+    # flags of all language-model scripts, through grpo_llm.py
+    ("grpo_llm", {"max_steps": 0}, "--max-steps must be positive"),
+    ("grpo_llm", {"save_steps": 0}, "--save-steps must be positive"),
+    ("grpo_llm", {"eval_steps": -1}, "--eval-steps must be positive"),
+    ("grpo_llm", {"max_eval_samples": 0}, "--max-eval-samples must be positive"),
+    ("grpo_llm", {"warmup_steps": -1}, "--warmup-steps must not be negative"),
+    ("grpo_llm", {"learning_rate": math.nan}, "--learning-rate must be positive"),
+    ("grpo_llm", {"max_grad_norm": 0.0}, "--max-grad-norm must be positive"),
+    ("grpo_llm", {"weight_decay": -0.1}, "--weight-decay must not be negative"),
+    ("grpo_llm", {"max_tokens_per_microbatch": 0}, "--max-tokens-per-microbatch must be positive"),
+    ("grpo_llm", {"device": "cuda"}, "--device cuda"),
+    ("grpo_llm", {"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
+    ("grpo_llm", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    # ... models
+    ("grpo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", None)}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", b"{")}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", b'{"model_type": "none"}')}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, None)}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, b"torn")}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged("tokenizer.json", b"{")}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
+    # ... data
+    ("grpo_llm", {"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
+    ("grpo_llm", {"dataset_name": "no/such-data"}, "--dataset-name no/such-data"),
+    ("grpo_llm", {"dataset_name": file("torn.parquet", b"PAR1")}, "torn.parquet cannot be loaded"),
+    ("grpo_llm", {"dataset_train_split": "training", "dataset_name": damaged("config.json", None)}, "--dataset-name"),
+    ("grpo_llm", {"dataset_name": rows(text="")}, "0 training"),
+    ("grpo_llm", {"dataset_name": rows(SUM), "max_eval_samples": 20}, "0 training and 20 held-out rows"),
+    ("grpo_llm", {"dataset_name": rows(text='{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n')}, "bad.jsonl, line 2"),
+    ("grpo_llm", {"dataset_name": file("latin.jsonl", b'{"prompt": "\xe9"}\n')}, "latin.jsonl, line 1"),
+    ("grpo_llm", {"dataset_name": rows(text="[1, 2]\n")}, "line 1 is not a JSON object"),
+    ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "has the columns ['text'], but needs `prompt`"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "5 is neither a text"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "['a'] is neither a text"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": [{"role": "user", "content": None}]})}, "is neither a text"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "training row 1 is empty"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "training row 1 is empty"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "training row 1 has 126 tokens"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "x^2"})}, "no reward applies to prompt '1+1='"),
+    # grpo_llm.py
+    ("grpo_llm", {"num_generations": 0}, "--num-generations must be positive"),
+    ("grpo_llm", {"num_generations": 1}, "--num-generations must be at least 2"),
+    ("grpo_llm", {"generation_batch_size": 0}, "--generation-batch-size must be positive"),
+    ("grpo_llm", {"generation_batch_size": 18}, "--generation-batch-size 18 is not a multiple"),
+    ("grpo_llm", {"temperature": 0.0}, "--temperature must be positive"),
+    ("grpo_llm", {"max_completion_length": -1}, "--max-completion-length must be positive"),
+    ("grpo_llm", {"max_completion_length": 127}, "--max-completion-length has room for 1"),
+    ("grpo_llm", {"beta": -0.1}, "--beta must not be negative"),
+    ("grpo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
+    ("grpo_llm", {"reward_model_path": damaged("tokenizer.json", b"{")}, "--reward-model-path"),
+    ("grpo_llm", {"normalize_reward_model": True}, "--normalize-reward-model needs --reward-model-path"),
+    # ppo_llm.py
+    ("ppo_llm", {"num_generations": 0}, "--num-generations must be positive"),
+    ("ppo_llm", {"num_ppo_epochs": 0}, "--num-ppo-epochs must be positive"),
+    ("ppo_llm", {"num_mini_batches": 3}, "--num-mini-batches 3"),
+    ("ppo_llm", {"num_generations": 8, "num_mini_batches": 4}, "--num-generations 8"),
+    ("ppo_llm", {"gamma": 1.01}, "--gamma"),
+    ("ppo_llm", {"lam": -0.1}, "--lam"),
+    ("ppo_llm", {"kl_coef": -0.1}, "--kl-coef"),
+    ("ppo_llm", {"kl_target": 0.0}, "--kl-target"),
+    ("ppo_llm", {"kl_target": 6.0, "kl_horizon": 10}, "--kl-horizon 10"),
+    ("ppo_llm", {"kl_target": 6.0, "kl_coef": 0.0}, "--kl-target"),
+    ("ppo_llm", {"cliprange_value": 0.0}, "--cliprange-value"),
+    ("ppo_llm", {"ent_coef": -1.0}, "--ent-coef"),
+    ("ppo_llm", {"missing_eos_penalty": -1.0}, "--missing-eos-penalty"),
+    ("ppo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
+    ("ppo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
+    ("ppo_llm", {"normalize_reward_model": True}, "--normalize-reward-model"),
+    ("ppo_llm", {"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
+    ("ppo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
+    ("ppo_llm", {"max_completion_length": 127}, "--max-completion-length has room for 1"),
+    ("ppo_llm", {"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
+    ("ppo_llm", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    # dpo.py
+    ("dpo", {"loss_type": "kto"}, "--loss-type kto is none of"),
+    ("dpo", {"label_smoothing": 0.5}, "--label-smoothing must be below 0.5"),
+    ("dpo", {"loss_type": "ipo", "label_smoothing": 0.1}, "--label-smoothing has no meaning"),
+    ("dpo", {"beta": 0.0}, "--beta must be positive"),
+    ("dpo", {"max_length": 0}, "--max-length must be positive"),
+    ("dpo", {"train_batch_size": 0}, "--train-batch-size must be positive"),
+    ("dpo", {"ref_model_name_or_path": "no/such"}, "--ref-model-name-or-path no/such"),
+    ("dpo", {"model_name_or_path": "no/such"}, "--model-name-or-path no/such"),
+    ("dpo", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
+    ("dpo", {"dataset_name": rows({"prompt": "1", "chosen": "2"})}, "['chosen', 'prompt']"),
+    ("dpo", {"dataset_name": rows({"chosen": "2", "rejected": "3"})}, "needs `prompt`"),
+    ("dpo", {"dataset_name": rows({**PAIR, "prompt": " "})}, "training row 1 is empty"),
+    ("dpo", {"dataset_name": rows({"prompt": "1", "completions": ["1", "2", "3"]})}, "row 1 has 3 completions"),
+    ("dpo", {"dataset_name": rows({"prompt": "1", "completions": "23"})}, "'23' in `completions` is not a list"),
+    ("dpo", {"dataset_name": rows({"prompt": "1", "completions": 5})}, "5 in `completions` is not a list"),
+    ("dpo", {"dataset_name": rows({**PAIR, "chosen": 2})}, "neither a text"),
+    ("dpo", {"dataset_name": rows({**PAIR, "rejected": "2"})}, "no training pair is left"),
+    ("dpo", {"dataset_name": rows(PAIR), "max_length": 4}, "too long a prompt"),
+    ("dpo", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    # reward_model.py
+    ("reward_model", {"center_rewards_coefficient": -1.0}, "--center-rewards-coefficient"),
+    ("reward_model", {"train_batch_size": 0}, "--train-batch-size must be positive"),
+    ("reward_model", {"model_name_or_path": "no/such"}, "--model-name-or-path no/such"),
+    ("reward_model", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
+    ("reward_model", {"dataset_name": rows({"prompt": "1", "completions": ["1"]})}, "row 1 has one completion"),
+    ("reward_model", {"dataset_name": rows({"prompt": "1", "chosen": "2"})}, "['chosen', 'prompt']"),
+    ("reward_model", {"dataset_name": rows({**PAIR, "prompt": " "})}, "training row 1 is empty"),
+    ("reward_model", {"dataset_name": rows({**PAIR, "margin": "big"})}, "the margin 'big'"),
+    ("reward_model", {"dataset_name": rows({**PAIR, "label": 1.5})}, "the label 1.5"),
+    ("reward_model", {"dataset_name": rows({"prompt": "1", "completions": ["1", "2", "3"], "margin": 1})}, "for pairs"),
+    ("reward_model", {"dataset_name": rows({**PAIR, "rejected": "2"})}, "no training ranking is left"),
+    ("reward_model", {"dataset_name": rows({**PAIR, "label": 0.5})}, "every held-out pair is a tie"),
+    ("reward_model", {"dataset_name": rows({"prompt": "1", "completions": "23"})}, "'23' in `completions` is not a"),
+    ("reward_model", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    # maxent_irl.py
+    ("maxent_irl", {"max_steps": 0}, "--max-steps must be positive"),
+    ("maxent_irl", {"gamma": 1.5}, "--gamma must be in (0, 1]"),
+    ("maxent_irl", {"learning_rate": math.nan}, "--learning-rate must be positive"),
+    ("maxent_irl", {"minibatch_size": 1}, "--minibatch-size 1 at least 2"),
+    ("maxent_irl", {"seed": -1}, "--seed must not be negative"),
+    ("maxent_irl", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    ("maxent_irl", {"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
+    ("maxent_irl", {"env_id": "Nothing-v0"}, "--env-id Nothing-v0 cannot be made"),
+    ("maxent_irl", {"env_id": "Blackjack-v1", "horizon": 5}, "has observations Tuple"),
+    ("maxent_irl", {"env_id": "CliffWalking-v1"}, "--horizon must say"),
+    ("maxent_irl", {**POLES, "estimator": "exact"}, "--estimator exact cannot do without a transition table"),
+    ("maxent_irl", {**POLES, "transfer": "{}"}, "transition table"),
+    ("maxent_irl", {**POLES, "map_size": 5}, "--map-size 5 draws maps of FrozenLake"),
+    ("maxent_irl", {"map_size": 5}, "--env-id must name it"),
+    ("maxent_irl", {"env_id": "FrozenLake-v1", "map_size": 1}, "of side 2 and more"),
+    ("maxent_irl", {"env_kwargs": "{"}, "is not JSON"),
+    ("maxent_irl", {"env_kwargs": "[1]"}, "is not a JSON object"),
+    ("maxent_irl", {"env_kwargs": '{"slip": 2}'}, "slip from 0 to 1"),
+    ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"success_rate": 2}'}, "probabilities that are negative"),
+    ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"desc": ["FF", "FG"]}'}, "no state to start from"),
+    ("maxent_irl", {"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "(64, 4), not (16, 4)"),
+    ("maxent_irl", {**POLES, "demos": "missing.npz"}, "--demos missing.npz cannot be read"),
+    ("maxent_irl", {**POLES, "demos": file("text.npz", b"obs act lengths")}, "text.npz cannot be read as .npz"),
+    ("maxent_irl", {**POLES, "demos": demos(obs=None)}, "has no key obs"),
+    ("maxent_irl", {**POLES, "demos": demos(lengths=None)}, "has no key lengths"),
+    ("maxent_irl", {**POLES, "demos": demos(lengths=np.array([2, 3]))}, "obs has shape (6, 4), wanted (5, 4)"),
+    ("maxent_irl", {**POLES, "demos": demos(lengths=np.array([6.0]))}, "lengths must be one positive integer"),
+    ("maxent_irl", {**POLES, "demos": demos(obs=np.zeros((6, 3)))}, "obs has shape (6, 3), wanted (6, 4)"),
+    ("maxent_irl", {**POLES, "demos": demos(act=np.array([0, 1, 2, 0, 0, 0]))}, "act has values from 0 to 2"),
+    ("maxent_irl", {**POLES, "demos": demos(obs=NAN)}, "no finite numbers"),
+    # gail.py
+    ("gail", {"gamma": 1.0}, "--gamma 1.0 must be below 1"),
+    ("gail", {"total_timesteps": 0}, "--total-timesteps must be positive"),
+    ("gail", {"ent_coef": -1.0}, "--ent-coef must not be negative"),
+    ("gail", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    ("gail", {"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
+    ("gail", {"env_id": "Nothing-v0"}, "--env-id Nothing-v0 cannot be made"),
+    ("gail", {"env_id": "FrozenLake-v1"}, "has observations Discrete(16)"),
+    ("gail", {"constant_action": 2}, "--constant-action 2 is no action of CartPole-v1"),
+    ("gail", {"env_id": "Pendulum-v1", "constant_action": 0}, "--constant-action 0 is no action of Pendulum-v1"),
+    ("gail", {"demos": demos(), "constant_action": 0}, "--constant-action makes demonstrations"),
+    ("gail", {"demos": "missing.npz"}, "--demos missing.npz cannot be read"),
+    ("gail", {"demos": demos(obs=None)}, "has no key obs"),
+    ("gail", {"demos": demos(obs=np.zeros((6, 3)))}, "obs has shape (6, 3), wanted (6, 4)"),
+    ("gail", {"demos": demos(act=np.zeros((6, 2)))}, "act has shape (6, 2), wanted (6,)"),
+    ("gail", {"demos": demos(act=np.array([0, 1, 2, 0, 0, 0]))}, "act has values from 0 to 2"),
+    ("gail", {"demos": demos(obs=NAN)}, "no finite numbers"),
+    ("gail", {"demos": demos(), "num_demos": 3}, "--num-demos 3, but"),
+    ("gail", {"demos": demos(), "env_id": "Pendulum-v1"}, "obs has shape (6, 4), wanted (6, 3)"),
+]
+
+
+@pytest.mark.parametrize("script, flags, words", BAD_INPUTS, ids=[f"{script} {w}" for script, _, w in BAD_INPUTS])
+def test_bad_input_is_one_sentence_and_code_2(script, flags, words, model_folder, tmp_path, capsys):
+    if flags == {"device": "cuda"} and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    module = import_module(script)
+    flags = {name: x(tmp_path, model_folder) if callable(x) else x for name, x in flags.items()}
+    flags = flags if "resume" in flags else {**tiny_flags(script, tmp_path, model_folder), **flags}
+    with pytest.raises(SystemExit) as stop:
+        module.main(module.Args(**flags))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and words in text
+    assert text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
