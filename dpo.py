@@ -42,7 +42,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -94,13 +94,12 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA.
-    Without effect under --device cpu where there is CUDA."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
-    (For vocabularies over 65536 there 4096, as a pass makes gradients of the embeddings' whole size; dpo.py 512.)"""
+    """Tokens in one forward and backward pass: memory and speed, not results.
+    None: 16384 on CUDA; on the CPU 1024, for vocabularies over 65536 4096 (dpo.py: 512)."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -110,7 +109,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999; its eps is 1e-8, in ppo_llm.py 1e-5.)"""
+    """AdamW's decoupled weight decay. Its betas are 0.9 and 0.999, its eps is 1e-8 (in ppo_llm.py 1e-5)."""
 
     # ---- DPO
     ref_model_name_or_path: str | None = None
@@ -217,12 +216,10 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
                 splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-        splits = {name: list(split) for name, split in splits.items()}
     if args.dataset_train_split not in splits:
         bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
-    train = splits[args.dataset_train_split]
-    held_out = splits.get(args.dataset_test_split)
-    if held_out is None:
+    train, held_out = (list(splits.get(name, ())) for name in (args.dataset_train_split, args.dataset_test_split))
+    if not held_out:
         train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
     if not train or not held_out:
         bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
@@ -402,9 +399,10 @@ def load_model(
     Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
-        for key, value in vars(config).items():
-            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                setattr(config, key, 0.0)
+        for part in (config, config.get_text_config()):
+            for key, value in vars(part).items():
+                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                    setattr(part, key, 0.0)
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
@@ -451,7 +449,8 @@ TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) of target, by tiles: no (N, V) tensor is ever whole."""
+    """-F.cross_entropy(hidden @ weight.T / temperature, target, reduction="none"), (N,), by tiles: no (N, V) tensor is
+    ever whole, forward or backward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -759,15 +758,10 @@ def set_up_process(args: Args) -> tuple[torch.device, int, int]:
     return device, 0, 1
 
 
-def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
-    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
-    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    if not main_process:
-        return run_dir, None
+def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
+    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
     if args.resume is not None:
-        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+        return SummaryWriter(run_dir, purge_step=first_step + 1)
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -777,7 +771,7 @@ def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tu
     writer = SummaryWriter(run_dir)
     rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
     writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return run_dir, writer
+    return writer
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -840,8 +834,8 @@ def main(args: Args) -> dict[str, float]:
         args, state = load_run(args)
     device, rank, world_size = set_up_process(args)
     check_dpo_args(args, world_size)
-    bf16 = args.bf16 and (device.type == "cuda" or not torch.cuda.is_available())
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     embedded = args.model_name_or_path is None
     initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
     if embedded and args.resume is None:
@@ -871,7 +865,9 @@ def main(args: Args) -> dict[str, float]:
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_dir, writer = open_run(args, task, state["step"] if state else 0, device)
+    run_time = all_reduce(torch.tensor(time.time() * (rank == 0), dtype=torch.float64, device=device))
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+    writer = open_run(args, run_dir, state["step"] if state is not None else 0) if rank == 0 else None
     if embedded and args.resume is None:
         initial = f"{run_dir}/sft"
         if rank == 0:
@@ -893,7 +889,7 @@ def main(args: Args) -> dict[str, float]:
     flag = "--ref-model-name-or-path" if args.ref_model_name_or_path else "--model-name-or-path"
     ref_states_fn = choose_states_fn(ref_model, test_examples[0]["query"], flag)
     ids = [[example["query"], *example["responses"]] for example in examples + test_examples]
-    settings = f"{ref_states_fn.__name__}, bf16 {bf16}, {device.type}, {max_tokens} tokens, torch {torch.__version__}"
+    settings = f"{ref_states_fn.__name__} {device.type} bf16={args.bf16} {max_tokens} tokens torch {torch.__version__}"
     ref_file = Path(args.output_dir) / ".reference_logps" / f"{fingerprint(ref_model, ids, settings)}.pt"
     ref_logps = read_cache(ref_file, len(ids), device)  # (N, 2)
     if ref_logps is None:
@@ -961,12 +957,13 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is None:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
-    done, R = first_step, args.train_batch_size
+    done, batch_size = first_step, args.train_batch_size
     interrupts: list[int] = []
 
     def on_interrupt(number: int, _) -> None:
         """The first Ctrl-C is heard after the step, a second one at once."""
         interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
@@ -974,8 +971,8 @@ def main(args: Args) -> dict[str, float]:
     for step in bar:
         # ---- batch
         step_start = time.time()
-        batch = data_order(step * R, R, len(examples), args.seed)
-        batch = batch[rank * R // world_size : (rank + 1) * R // world_size]
+        batch = data_order(step * batch_size, batch_size, len(examples), args.seed)
+        batch = batch[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
         lengths = example_lengths([examples[i] for i in batch], states_fn is packed_states)
         microbatches = [[batch[i] for i in rows] for rows in make_microbatches(lengths, max_tokens)]
 
@@ -984,13 +981,13 @@ def main(args: Args) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        sums = {"tokens": sum(lengths), "interrupts": len(interrupts)}
+        sums = {"tokens": sum(lengths)}
         for mb in microbatches:
             logps, mb_lengths = logps_fn(model, [examples[i] for i in mb], states_fn)  # (R, 2)
             losses, stats = loss_and_stats(logps, ref_logps[mb], mb_lengths)  # (R,)
-            (losses.sum() / R).backward()
+            (losses.sum() / batch_size).backward()
             for name, value in stats.items():
-                sums[f"train/{name}"] = sums.get(f"train/{name}", 0.0) + value.sum() / R
+                sums[f"train/{name}"] = sums.get(f"train/{name}", 0.0) + value.sum() / batch_size
         for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
             if parameter.grad is not None:
                 all_reduce(parameter.grad)
@@ -1003,11 +1000,11 @@ def main(args: Args) -> dict[str, float]:
         optimizer.zero_grad()
 
         # ---- log
-        logs = sum_over_processes(sums, device)
+        logs = sum_over_processes({**sums, "interrupts": len(interrupts)}, device)
         tokens, interrupted = logs.pop("tokens"), logs.pop("interrupts") > 0
         logs |= {
             "train/grad_norm": grad_norm.item(),
-            "train/epoch": (step + 1) * R / len(examples),
+            "train/epoch": (step + 1) * batch_size / len(examples),
             "charts/learning_rate": lr,
             "charts/SPS": tokens / (time.time() - step_start),
         }
@@ -1016,9 +1013,9 @@ def main(args: Args) -> dict[str, float]:
                 writer.add_scalar(name, value, step + 1)
         bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/rewards/accuracies']:.2f}")
 
-        # ---- save
+        # ---- evaluate, save
         done = step + 1
-        if done % args.eval_steps == 0 and done < total_steps:
+        if done % args.eval_steps == 0 and done < total_steps and not interrupted:
             run_evaluation(done)
         if done % args.save_steps == 0 or done == total_steps or interrupted:
             save(run_dir / "checkpoint.pt", done)

@@ -41,7 +41,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -95,13 +95,12 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA.
-    Without effect under --device cpu where there is CUDA."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
-    (For vocabularies over 65536 there 4096, as a pass makes gradients of the embeddings' whole size; dpo.py 512.)"""
+    """Tokens in one forward and backward pass: memory and speed, not results.
+    None: 16384 on CUDA; on the CPU 1024, for vocabularies over 65536 4096 (dpo.py: 512)."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -111,7 +110,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999; its eps is 1e-8, in ppo_llm.py 1e-5.)"""
+    """AdamW's decoupled weight decay. Its betas are 0.9 and 0.999, its eps is 1e-8 (in ppo_llm.py 1e-5)."""
 
     # ---- GRPO
     reward_model_path: str | None = None
@@ -148,7 +147,8 @@ class Args:
     epsilon_high: float = 0.28
     """The ratio is clipped at 1 + epsilon_high from above (DAPO's clip-higher, section 3.1)."""
     beta: float = 0.0
-    """Coefficient of the KL to the initial model, per token, in the loss. 0: no reference model is loaded (DAPO)."""
+    """Coefficient of the KL to the initial model, per token, in the loss.
+    0 (DAPO): the initial model is loaded for evaluations only."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss (DAPO's overlong filtering, section 3.4)."""
     sft_steps: int = 1200
@@ -253,12 +253,10 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
                 splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-        splits = {name: list(split) for name, split in splits.items()}
     if args.dataset_train_split not in splits:
         bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
-    train = splits[args.dataset_train_split]
-    held_out = splits.get(args.dataset_test_split)
-    if held_out is None:
+    train, held_out = (list(splits.get(name, ())) for name in (args.dataset_train_split, args.dataset_test_split))
+    if not held_out:
         train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
     if not train or not held_out:
         bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
@@ -316,6 +314,16 @@ def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase
     if too_long and os.environ.get("RANK", "0") == "0":
         print(f"{len(too_long)} of {len(rows)} {split} prompts are left out as longer than {room} tokens")
     return examples
+
+
+def check_answers(examples: list[dict], has_reward_model: bool) -> None:
+    """Where right answers are the only reward, a prompt without one is named now, and not in the middle of the run."""
+    if has_reward_model or [function for function, weight in REWARDS if weight] != [accuracy_reward]:
+        return
+    for example in examples:
+        if accuracy_reward("", "", example["answer"]) is None:
+            bad_input(f"--dataset-name: prompt {prompt_text(example['prompt'])!r} has no number in `answer` or "
+                      f"`solution`, but {example['answer']!r}; there can be another reward, or a --reward-model-path")
 
 
 def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -404,9 +412,10 @@ def load_model(
     Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
-        for key, value in vars(config).items():
-            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                setattr(config, key, 0.0)
+        for part in (config, config.get_text_config()):
+            for key, value in vars(part).items():
+                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                    setattr(part, key, 0.0)
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
@@ -470,7 +479,8 @@ TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) of target, by tiles: no (N, V) tensor is ever whole."""
+    """-F.cross_entropy(hidden @ weight.T / temperature, target, reduction="none"), (N,), by tiles: no (N, V) tensor is
+    ever whole, forward or backward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -627,7 +637,8 @@ def grpo_loss(
     max_completion_length: int | None = None, importance_sampling_level: Literal["token", "sequence"] = "token",
     num_tokens: float | None = None, num_sequences: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's clipped surrogate, to be minimised. logprobs, old_logprobs, ref_logprobs and mask (B, T), advantages (B,).
+    """GRPO's clipped surrogate, to be minimised. logprobs, old_logprobs, ref_logprobs and mask (B, T), advantages (B,);
+    B may be several dimensions, as (R, K).
 
     num_tokens and num_sequences count the whole update (None: this batch is the whole). Then the losses of its
     micro-batches, however split and on whatever process, add up to the whole's, and so do the stats, which are means
@@ -637,13 +648,13 @@ def grpo_loss(
     grad log pi (Schulman's k2 times the ratio held constant; k1 or k3, differentiated as they are, give another's). It
     ignores a token's effect on later ones (a KL in the reward does not), and it is not clamped."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
-    num_sequences = len(mask) if num_sequences is None else num_sequences
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    num_sequences = advantages.numel() if num_sequences is None else num_sequences
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.exp()  # (B, T)
     if importance_sampling_level == "sequence":
-        ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(log_ratio)  # (B, T), GSPO eq. 7
-    advantages = advantages[:, None]  # (B, 1)
+        ratio = (log_ratio.sum(-1, keepdim=True) / lengths).exp().expand_as(log_ratio)  # (B, T), GSPO eq. 7
+    advantages = advantages[..., None]  # (B, 1)
     losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)  # (B, T)
     if beta != 0.0:
         log_ratio_ref = torch.where(mask, logprobs - ref_logprobs, 0.0)  # (B, T)
@@ -812,7 +823,13 @@ def reward_model_scores(
     scores = torch.zeros(len(ids))
     for batch in make_microbatches([len(sequence) for sequence in ids], max_tokens):
         inputs, mask = pad_sequences([ids[i] for i in batch], model.config.pad_token_id, "right")  # (b, L)
-        logits = model(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device)).logits  # (b, 1)
+        inputs = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
+        if isinstance(getattr(model, "score", None), nn.Linear):  # a bf16 score between 4 and 8 has steps of 1/32
+            hidden = model.base_model(**inputs).last_hidden_state[range(len(batch)), mask.sum(1) - 1]  # (b, H)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = model.score(hidden.float())  # (b, 1)
+        else:
+            logits = model(**inputs).logits  # (b, 1)
         scores[batch] = logits[:, 0].float().cpu()
     return ((scores - model.config.reward_mean) / model.config.reward_std).tolist()
 
@@ -877,9 +894,9 @@ def evaluate(
             batch = examples[start : start + batch_size]
             batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
             query, query_mask, response, logprobs, mask, completions = rollout(batch, 1, temperature, generator)
-            rewards, scores = score(batch, completions, 1)  # (P,), {name: (P,)}
+            rewards, rewards_by_name = score(batch, completions, 1)  # (P,), {name: (P,)}
             values = {f"eval/reward{suffix}": rewards}
-            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": value for name, value in scores.items()}
+            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": x for name, x in rewards_by_name.items()}
             if temperature == 1.0:
                 ref_logprobs = torch.zeros_like(logprobs)  # (P, T)
                 for mb in make_microbatches((query_mask.sum(1) + mask.sum(1)).tolist(), max_tokens):
@@ -946,15 +963,10 @@ def set_up_process(args: Args) -> tuple[torch.device, int, int]:
     return device, 0, 1
 
 
-def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
-    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
-    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    if not main_process:
-        return run_dir, None
+def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
+    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
     if args.resume is not None:
-        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+        return SummaryWriter(run_dir, purge_step=first_step + 1)
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -964,7 +976,7 @@ def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tu
     writer = SummaryWriter(run_dir)
     rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
     writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return run_dir, writer
+    return writer
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -1032,8 +1044,8 @@ def main(args: Args) -> dict[str, float]:
         args, state = load_run(args)
     device, rank, world_size = set_up_process(args)
     check_grpo_args(args, world_size)
-    bf16 = args.bf16 and (device.type == "cuda" or not torch.cuda.is_available())
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     embedded = args.model_name_or_path is None
     initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
     if embedded and args.resume is None:
@@ -1057,13 +1069,13 @@ def main(args: Args) -> dict[str, float]:
     if not test_examples:
         bad_input(f"--dataset-name: there are fewer held-out rows than {world_size} processes")
     weights = [weight for _, weight in REWARDS]
-    if reward_model is None:  # what no reward function can judge is said now, and not in the middle of the run
-        prompts, answers = ([e[key] for e in examples + test_examples] for key in ("prompt", "answer"))
-        score_completions(prompts, [""] * len(prompts), answers, weights, None, None, max_tokens)
+    check_answers(examples + test_examples, reward_model is not None)
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_dir, writer = open_run(args, task, state["step"] if state else 0, device)
+    run_time = all_reduce(torch.tensor(time.time() * (rank == 0), dtype=torch.float64, device=device))
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+    writer = open_run(args, run_dir, state["step"] if state is not None else 0) if rank == 0 else None
     if embedded and args.resume is None:
         initial = f"{run_dir}/sft"
         if rank == 0:
@@ -1143,13 +1155,14 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is None:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
-    done, B, G = first_step, args.generation_batch_size, args.num_generations
-    P = B // G
+    done, batch_size, G = first_step, args.generation_batch_size, args.num_generations
+    num_prompts = batch_size // G  # of all processes
     interrupts: list[int] = []
 
     def on_interrupt(number: int, _) -> None:
         """The first Ctrl-C is heard after the step, a second one at once."""
         interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
@@ -1157,24 +1170,27 @@ def main(args: Args) -> dict[str, float]:
     for step in bar:
         # ---- rollout
         step_start = time.time()
-        batch = [examples[i] for i in data_order(step * P, P, len(examples), args.seed)]
-        batch = batch[rank * P // world_size : (rank + 1) * P // world_size]
+        batch = [examples[i] for i in data_order(step * num_prompts, num_prompts, len(examples), args.seed)]
+        batch = batch[rank * num_prompts // world_size : (rank + 1) * num_prompts // world_size]
         query, query_mask, response, old_logprobs, mask, completions = rollout(batch, G, args.temperature, generator)
         stopped = (torch.isin(response, torch.tensor(stop_ids, device=device)) & mask).any(1)  # (P*G,)
 
         # ---- reward
-        rewards, scores = score(batch, completions, G)  # (P*G,), {name: (P*G,)}
+        rewards, rewards_by_name = score(batch, completions, G)  # (P*G,), {name: (P*G,)}
         rewards = rewards.view(-1, G)  # (P, G)
 
         # ---- advantage
         advantages = group_advantages(rewards, args.scale_rewards).to(device)  # (P, G)
         loss_mask = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
+        kept = advantages.any(1) | (args.beta != 0.0)  # (P,): where rewards are equal, only the KL has a gradient
+        kept[0] |= ~kept.any()  # every process takes part in the update
         sums = {
-            "tokens": mask.sum(), "loss_tokens": loss_mask.sum(), "truncated": (~stopped).sum(),
+            "tokens": mask.sum(), "prompt_tokens": query_mask.sum() * G, "truncated": (~stopped).sum(),
+            "loss_tokens": loss_mask.sum(), "kept_tokens": loss_mask.view(-1, G, response.shape[1])[kept].sum(),
             "logprobs": old_logprobs.sum(), "reward": rewards.sum(), "squares": rewards.square().sum(),
-            "equal": (rewards.amax(1) == rewards.amin(1)).sum(), "interrupts": torch.tensor(len(interrupts)),
+            "equal": (rewards.amax(1) == rewards.amin(1)).sum(),
         }
-        for name, values in scores.items():
+        for name, values in rewards_by_name.items():
             sums |= {f"rewards/{name}": values.nansum(), f"rewards/{name}/n": (~values.isnan()).sum()}
         sums = sum_over_processes(sums, device)
 
@@ -1182,8 +1198,6 @@ def main(args: Args) -> dict[str, float]:
         L_q, T = query.shape[1], response.shape[1]
         sizes = [K for K in range(1, G + 1) if G % K == 0 and L_q + K * T <= max_tokens]
         K = max(sizes, default=1) if states_fn is packed_states else 1
-        kept = advantages.any(1) | (args.beta != 0.0)  # (P,): where rewards are equal, only the KL has a gradient
-        kept[0] |= ~kept.any()  # every process takes part in the update
         trees = {"query": query, "query_mask": query_mask}
         trees = {name: x[kept].repeat_interleave(G // K, 0) for name, x in trees.items()}  # (R, L_q)
         columns = {"response": response, "mask": mask, "loss_mask": loss_mask, "old_logprobs": old_logprobs}
@@ -1211,9 +1225,8 @@ def main(args: Args) -> dict[str, float]:
             for rows in microbatches:
                 mb = {name: x[rows] for name, x in trees.items()}
                 mb_logprobs = forward_logprobs(model, *(mb[name] for name in inputs), args.temperature)  # (R, K, T)
-                mb = {name: x.flatten(0, 1) for name, x in mb.items() if name not in inputs}  # (R*K, T), (R*K,)
                 loss, mb_stats = grpo_loss(
-                    mb_logprobs.flatten(0, 1), mb["old_logprobs"], mb["advantages"], mb["loss_mask"], args.epsilon,
+                    mb_logprobs, mb["old_logprobs"], mb["advantages"], mb["loss_mask"], args.epsilon,
                     args.epsilon_high, args.loss_type, mb.get("ref_logprobs"), args.beta, args.max_completion_length,
                     args.importance_sampling_level, max(1.0, sums["loss_tokens"]), args.generation_batch_size,
                 )
@@ -1221,7 +1234,7 @@ def main(args: Args) -> dict[str, float]:
                 for name, value in {"train/loss": loss.detach(), **mb_stats}.items():
                     stats[name] = stats.get(name, 0.0) + value / args.num_iterations
                 if iteration == 0:
-                    difference = (mb_logprobs.detach().flatten(0, 1) - mb["old_logprobs"]).abs().max()
+                    difference = (mb_logprobs.detach() - mb["old_logprobs"]).abs().max()
                     logprob_difference = torch.maximum(logprob_difference, difference)
             for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
                 if parameter.grad is not None:
@@ -1235,20 +1248,22 @@ def main(args: Args) -> dict[str, float]:
             optimizer.zero_grad()  # gradients take no memory while the next rollout is sampled
 
         # ---- log
-        logs = sum_over_processes(stats, device)
+        logs = sum_over_processes({**stats, "interrupts": len(interrupts)}, device)
+        interrupted = logs.pop("interrupts") > 0
+        logs["policy/approxkl_avg"] *= sums["loss_tokens"] / max(1.0, sums["kept_tokens"])  # dropped groups have none
         all_reduce(logprob_difference, dist.ReduceOp.MAX)
-        num_tokens += int(sums["tokens"])
-        reward = sums["reward"] / B
-        for name in scores:
+        num_tokens += int(sums["tokens"] + sums["prompt_tokens"])
+        reward = sums["reward"] / batch_size
+        for name in rewards_by_name:
             if sums[f"rewards/{name}/n"]:
                 logs[f"train/rewards/{name}/mean"] = sums[f"rewards/{name}"] / sums[f"rewards/{name}/n"]
         logs |= {
             "train/reward": reward,
-            "train/reward_std": max(0.0, sums["squares"] / B - reward**2) ** 0.5,
-            "train/frac_reward_zero_std": sums["equal"] / P,
+            "train/reward_std": max(0.0, sums["squares"] / batch_size - reward**2) ** 0.5,
+            "train/frac_reward_zero_std": sums["equal"] / num_prompts,
             "train/entropy": -sums["logprobs"] / sums["tokens"],  # unbiased: the tokens are the policy's own samples
-            "train/completions/mean_length": sums["tokens"] / B,
-            "train/completions/clipped_ratio": sums["truncated"] / B,
+            "train/completions/mean_length": sums["tokens"] / batch_size,
+            "train/completions/clipped_ratio": sums["truncated"] / batch_size,
             "train/sampling/sampling_logp_difference/max": logprob_difference.item(),
             "train/grad_norm": grad_norm.item(),
             "train/num_tokens": num_tokens,
@@ -1260,9 +1275,9 @@ def main(args: Args) -> dict[str, float]:
                 writer.add_scalar(name, value, step + 1)
         bar.set_postfix_str(f"reward {reward:.2f}, length {logs['train/completions/mean_length']:.1f}")
 
-        # ---- save
-        done, interrupted = step + 1, sums["interrupts"] > 0
-        if done % args.eval_steps == 0 and done < args.max_steps:
+        # ---- evaluate, save
+        done = step + 1
+        if done % args.eval_steps == 0 and done < args.max_steps and not interrupted:
             run_evaluation(done)
         if done % args.save_steps == 0 or done == args.max_steps or interrupted:
             save(run_dir / "checkpoint.pt", done)

@@ -48,7 +48,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -103,13 +103,12 @@ class Args:
     max_eval_samples: int = 512
     """Held-out rows to evaluate on, over all processes."""
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA.
-    Without effect under --device cpu where there is CUDA."""
+    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results. None: 16384 on CUDA, 1024 on the CPU.
-    (For vocabularies over 65536 there 4096, as a pass makes gradients of the embeddings' whole size; dpo.py 512.)"""
+    """Tokens in one forward and backward pass: memory and speed, not results.
+    None: 16384 on CUDA; on the CPU 1024, for vocabularies over 65536 4096 (dpo.py: 512)."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -119,7 +118,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. (AdamW's betas are 0.9 and 0.999; its eps is 1e-8, in ppo_llm.py 1e-5.)"""
+    """AdamW's decoupled weight decay. Its betas are 0.9 and 0.999, its eps is 1e-8 (in ppo_llm.py 1e-5)."""
 
     # ---- PPO
     reward_model_path: str | None = None
@@ -279,12 +278,10 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
                 splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-        splits = {name: list(split) for name, split in splits.items()}
     if args.dataset_train_split not in splits:
         bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
-    train = splits[args.dataset_train_split]
-    held_out = splits.get(args.dataset_test_split)
-    if held_out is None:
+    train, held_out = (list(splits.get(name, ())) for name in (args.dataset_train_split, args.dataset_test_split))
+    if not held_out:
         train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
     if not train or not held_out:
         bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
@@ -342,6 +339,16 @@ def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase
     if too_long and os.environ.get("RANK", "0") == "0":
         print(f"{len(too_long)} of {len(rows)} {split} prompts are left out as longer than {room} tokens")
     return examples
+
+
+def check_answers(examples: list[dict], has_reward_model: bool) -> None:
+    """Where right answers are the only reward, a prompt without one is named now, and not in the middle of the run."""
+    if has_reward_model or [function for function, weight in REWARDS if weight] != [accuracy_reward]:
+        return
+    for example in examples:
+        if accuracy_reward("", "", example["answer"]) is None:
+            bad_input(f"--dataset-name: prompt {prompt_text(example['prompt'])!r} has no number in `answer` or "
+                      f"`solution`, but {example['answer']!r}; there can be another reward, or a --reward-model-path")
 
 
 def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -430,9 +437,10 @@ def load_model(
     Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
     try:
         config = AutoConfig.from_pretrained(name, **config_values)
-        for key, value in vars(config).items():
-            if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                setattr(config, key, 0.0)
+        for part in (config, config.get_text_config()):
+            for key, value in vars(part).items():
+                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                    setattr(part, key, 0.0)
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
@@ -510,7 +518,8 @@ TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) of target, by tiles: no (N, V) tensor is ever whole."""
+    """-F.cross_entropy(hidden @ weight.T / temperature, target, reduction="none"), (N,), by tiles: no (N, V) tensor is
+    ever whole, forward or backward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -882,7 +891,13 @@ def reward_model_scores(
     scores = torch.zeros(len(ids))
     for batch in make_microbatches([len(sequence) for sequence in ids], max_tokens):
         inputs, mask = pad_sequences([ids[i] for i in batch], model.config.pad_token_id, "right")  # (b, L)
-        logits = model(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device)).logits  # (b, 1)
+        inputs = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
+        if isinstance(getattr(model, "score", None), nn.Linear):  # a bf16 score between 4 and 8 has steps of 1/32
+            hidden = model.base_model(**inputs).last_hidden_state[range(len(batch)), mask.sum(1) - 1]  # (b, H)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = model.score(hidden.float())  # (b, 1)
+        else:
+            logits = model(**inputs).logits  # (b, 1)
         scores[batch] = logits[:, 0].float().cpu()
     return ((scores - model.config.reward_mean) / model.config.reward_std).tolist()
 
@@ -947,9 +962,9 @@ def evaluate(
             batch = examples[start : start + batch_size]
             batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
             query, query_mask, response, logprobs, mask, completions = rollout(batch, 1, temperature, generator)
-            rewards, scores = score(batch, completions, 1)  # (P,), {name: (P,)}
+            rewards, rewards_by_name = score(batch, completions, 1)  # (P,), {name: (P,)}
             values = {f"eval/reward{suffix}": rewards}
-            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": value for name, value in scores.items()}
+            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": x for name, x in rewards_by_name.items()}
             if temperature == 1.0:
                 ref_logprobs = torch.zeros_like(logprobs)  # (P, T)
                 for mb in make_microbatches((query_mask.sum(1) + mask.sum(1)).tolist(), max_tokens):
@@ -1016,15 +1031,10 @@ def set_up_process(args: Args) -> tuple[torch.device, int, int]:
     return device, 0, 1
 
 
-def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
-    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
-    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    if not main_process:
-        return run_dir, None
+def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
+    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
     if args.resume is not None:
-        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+        return SummaryWriter(run_dir, purge_step=first_step + 1)
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -1034,7 +1044,7 @@ def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tu
     writer = SummaryWriter(run_dir)
     rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
     writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return run_dir, writer
+    return writer
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -1109,8 +1119,8 @@ def main(args: Args) -> dict[str, float]:
         args, state = load_run(args)
     device, rank, world_size = set_up_process(args)
     check_ppo_args(args, world_size)
-    bf16 = args.bf16 and (device.type == "cuda" or not torch.cuda.is_available())
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     embedded = args.model_name_or_path is None
     initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
     if embedded and args.resume is None:
@@ -1137,13 +1147,13 @@ def main(args: Args) -> dict[str, float]:
     if not test_examples:
         bad_input(f"--dataset-name: there are fewer held-out rows than {world_size} processes")
     weights = [weight if reward_model is None else 0.0 for _, weight in REWARDS]
-    if reward_model is None:  # what no reward function can judge is said now, and not in the middle of the run
-        prompts, answers = ([e[key] for e in examples + test_examples] for key in ("prompt", "answer"))
-        score_completions(prompts, [""] * len(prompts), answers, weights, None, None, max_tokens)
+    check_answers(examples + test_examples, reward_model is not None)
 
     # ---- run folder, initial model, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_dir, writer = open_run(args, task, state["step"] if state else 0, device)
+    run_time = all_reduce(torch.tensor(time.time() * (rank == 0), dtype=torch.float64, device=device))
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+    writer = open_run(args, run_dir, state["step"] if state is not None else 0) if rank == 0 else None
     if embedded and args.resume is None:
         initial = f"{run_dir}/sft"
         if rank == 0:
@@ -1260,13 +1270,14 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is None:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
-    done, B, G, M = first_step, args.generation_batch_size, args.num_generations, args.num_mini_batches
-    P = B // G
+    done, batch_size, G, M = first_step, args.generation_batch_size, args.num_generations, args.num_mini_batches
+    num_prompts = batch_size // G  # of all processes
     interrupts: list[int] = []
 
     def on_interrupt(number: int, _) -> None:
         """The first Ctrl-C is heard after the step, a second one at once."""
         interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
@@ -1274,8 +1285,8 @@ def main(args: Args) -> dict[str, float]:
     for step in bar:
         # ---- rollout
         step_start = time.time()
-        batch = [examples[i] for i in data_order(step * P, P, len(examples), args.seed)]
-        batch = batch[rank * P // world_size : (rank + 1) * P // world_size]
+        batch = [examples[i] for i in data_order(step * num_prompts, num_prompts, len(examples), args.seed)]
+        batch = batch[rank * num_prompts // world_size : (rank + 1) * num_prompts // world_size]
         query, query_mask, response, old_logprobs, mask, completions = rollout(batch, G, args.temperature, generator)
         stopped = (torch.isin(response, torch.tensor(stop_ids, device=device)) & mask).any(1)  # (P*G,)
 
@@ -1307,7 +1318,7 @@ def main(args: Args) -> dict[str, float]:
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)  # (P*G, T)
         errors, targets = (returns - old_values).double(), returns.double()  # (P*G, T)
         sums = {
-            "tokens": mask.sum(), "truncated": (~stopped).sum(), "interrupts": torch.tensor(len(interrupts)),
+            "tokens": mask.sum(), "prompt_tokens": query_mask.sum() * G, "truncated": (~stopped).sum(),
             "scores": scores.sum(), "squares": scores.square().sum(), "kl": log_ratio.sum(),
             "logprobs": old_logprobs.sum(), "returns": targets.sum(), "returns_squared": targets.square().sum(),
             "errors": errors.sum(), "errors_squared": errors.square().sum(),
@@ -1329,8 +1340,9 @@ def main(args: Args) -> dict[str, float]:
         value_model.train()
         for epoch in range(args.num_ppo_epochs):
             # of every M prompts in a row each minibatch gets one, by lot: as many as any other, in every process
-            lot = torch.rand(P // M, M, generator=generator).argsort(1) + M * torch.arange(P // M)[:, None]  # (P/M, M)
-            lot = lot.chunk(world_size)[rank] - rank * P // world_size
+            lot = torch.rand(num_prompts // M, M, generator=generator).argsort(1)
+            lot += M * torch.arange(num_prompts // M)[:, None]  # (P/M, M)
+            lot = lot.chunk(world_size)[rank] - rank * num_prompts // world_size
             for minibatch in range(M):
                 rows = lot[:, minibatch, None] * (G // K) + torch.arange(G // K)  # (P/M, G/K)
                 rows = rows.flatten().to(device)
@@ -1374,10 +1386,12 @@ def main(args: Args) -> dict[str, float]:
                 kl_before = kl_sum
 
         # ---- log
-        logs = {name: value / epochs for name, value in sum_over_processes(stats, device).items()}
+        logs = sum_over_processes({**stats, "interrupts": len(interrupts)}, device)
+        interrupted = logs.pop("interrupts") > 0
+        logs = {name: value / epochs for name, value in logs.items()}
         all_reduce(logprob_difference, dist.ReduceOp.MAX)
-        num_tokens += int(sums["tokens"])
-        mean_score, kl, tokens = sums["scores"] / B, sums["kl"] / B, sums["tokens"]
+        num_tokens += int(sums["tokens"] + sums["prompt_tokens"])
+        mean_score, kl, tokens = sums["scores"] / batch_size, sums["kl"] / batch_size, sums["tokens"]
         grad_norm, critic_grad_norm = torch.stack(grad_norms).mean(0).tolist()
         variance = sums["returns_squared"] / tokens - (sums["returns"] / tokens) ** 2
         unexplained = sums["errors_squared"] / tokens - (sums["errors"] / tokens) ** 2
@@ -1390,12 +1404,12 @@ def main(args: Args) -> dict[str, float]:
             "objective/kl_coef": kl_coef,
             "objective/non_score_reward": -kl_coef * kl,
             "objective/rlhf_reward": mean_score - kl_coef * kl,
-            "objective/entropy": -sums["logprobs"] / B,  # unbiased: the tokens are the policy's own samples
-            "train/reward_std": max(0.0, sums["squares"] / B - mean_score**2) ** 0.5,
+            "objective/entropy": -sums["logprobs"] / batch_size,  # unbiased: the tokens are the policy's own samples
+            "train/reward_std": max(0.0, sums["squares"] / batch_size - mean_score**2) ** 0.5,
             "losses/explained_variance": 1 - unexplained / variance if variance > 0 else math.nan,
             "policy/epochs": epochs,
-            "train/completions/mean_length": tokens / B,
-            "train/completions/clipped_ratio": sums["truncated"] / B,
+            "train/completions/mean_length": tokens / batch_size,
+            "train/completions/clipped_ratio": sums["truncated"] / batch_size,
             "train/sampling/sampling_logp_difference/max": logprob_difference.item(),
             "train/grad_norm": grad_norm,
             "val/grad_norm": critic_grad_norm,
@@ -1404,15 +1418,15 @@ def main(args: Args) -> dict[str, float]:
             "charts/SPS": tokens / (time.time() - step_start),
         }
         if args.kl_target is not None:
-            kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, args.kl_horizon, B)
+            kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, args.kl_horizon, batch_size)
         if rank == 0:
             for name, value in logs.items():
                 writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"score {mean_score:.2f}, KL {kl:.2f}, length {tokens / B:.1f}")
+        bar.set_postfix_str(f"score {mean_score:.2f}, KL {kl:.2f}, length {tokens / batch_size:.1f}")
 
-        # ---- save
-        done, interrupted = step + 1, sums["interrupts"] > 0
-        if done % args.eval_steps == 0 and done < args.max_steps:
+        # ---- evaluate, save
+        done = step + 1
+        if done % args.eval_steps == 0 and done < args.max_steps and not interrupted:
             run_evaluation(done)
         if done % args.save_steps == 0 or done == args.max_steps or interrupted:
             save(run_dir / "checkpoint.pt", done)

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import resource
-import signal
 import subprocess
 import sys
 
@@ -18,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    Gemma3Config,
     MistralConfig,
 )
 
@@ -547,28 +546,6 @@ def test_a_run_learns_logs_and_saves(tiny, capsys):
     assert torch.equal(model.state_dict()["model.norm.weight"], weights(folder)["model.norm.weight"])
 
 
-def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch):
-    whole = tiny(output_dir=str(tmp_path / "whole"))
-    main(whole)
-    broken = tiny(output_dir=str(tmp_path / "broken"), save_steps=100)
-    calls = []
-
-    def interrupt_in_the_third_step(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return group_advantages(*arguments)
-
-    monkeypatch.setattr(grpo_llm, "group_advantages", interrupt_in_the_third_step)
-    with pytest.raises(SystemExit) as stop:
-        main(broken)
-    assert stop.value.code == 130 and len(calls) == 3
-    assert AutoModelForCausalLM.from_pretrained(run_folder(broken) / "model").config.vocab_size == 20
-    main(Args(resume=str(run_folder(broken))))
-    ours, theirs = weights(run_folder(broken)), weights(run_folder(whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path, monkeypatch):
     reference, recomputing = None, set()
 
@@ -756,6 +733,73 @@ def test_a_non_finite_gradient_stops_with_the_step_and_a_saved_state(tiny, monke
     assert stop.value.code == 2 and "step 1 is not finite" in capsys.readouterr().err
     state = torch.load(run_folder(args) / "nonfinite.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_rewards_are_not_called_before_there_are_completions(tiny, monkeypatch):
+    """A reward of one's own may be dear, or not apply to an empty completion."""
+    seen = []
+
+    def judge(prompt, completion, answer):
+        seen.append(completion)
+        return len(completion) if completion else None
+
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((judge, 1.0), (digit_reward, 1.0)))
+    main(tiny(max_steps=1))
+    assert len(seen) == 2 * 4 + 16 + 2 * 4  # two evaluations, each sampled and greedy, and one rollout
+
+
+def test_approxkl_is_a_mean_over_the_tokens_of_the_groups_that_are_kept(tiny, monkeypatch):
+    calls = []
+
+    def spy(*arguments, **flags):
+        calls.append(arguments)
+        return grpo_loss(*arguments, **flags)
+
+    def rare_reward(prompt, completion, answer):
+        return float(completion[:1] == prompt[0])
+
+    monkeypatch.setattr(grpo_llm, "grpo_loss", spy)
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((rare_reward, 1.0),))
+    args = tiny(max_steps=1, num_iterations=2, beta=0.0, learning_rate=0.1, generation_batch_size=48, seed=3)
+    main(args)
+    log_ratio = [(x[0] - x[1]).detach()[x[3]] for x in calls]  # (tokens,) of each micro-batch of both iterations
+    kl = [x.exp() - 1 - x for x in log_ratio]
+    logged = scalars(run_folder(args))
+    assert 0 < logged["train/frac_reward_zero_std"][0][1] < 1
+    assert logged["policy/approxkl_avg"][0][1] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4) != 0
+
+
+def test_dropout_is_off_in_nested_configurations_too(tmp_path, monkeypatch):
+    config = Gemma3Config(text_config={"attention_dropout": 0.5}, vision_config={"num_hidden_layers": 1})
+    config.save_pretrained(tmp_path)
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def from_pretrained(name, config, **flags):
+        seen.append(config)
+        raise Stop
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(Stop):
+        grpo_llm.load_model(str(tmp_path), "--model-name-or-path")
+    assert seen[0].get_text_config().attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_scores_of_a_causal_reward_model_are_its_own_and_not_rounded(bf16, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(CONFIGS["llama"], attn_implementation="sdpa").eval()
+    model.config.num_labels, model.config.pad_token_id = 1, 0
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    model.score = torch.nn.Linear(32, 1, bias=False)
+    tokenizer, prompts = make_tokenizer(), [f"{i}+{i * 7}=" for i in range(30)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        scores = torch.tensor(grpo_llm.reward_model_scores(model, tokenizer, prompts, ["12"] * 30, 64))
+    own = torch.cat([model(input_ids=torch.tensor([tokenizer(p + "12").input_ids])).logits[:, 0] for p in prompts])
+    assert torch.allclose(scores, own, atol=0.05 if bf16 else 1e-5)
+    assert (scores != scores.bfloat16()).float().mean() > 0.5
 
 
 def test_numpys_numbers_are_rewards(tiny, monkeypatch):

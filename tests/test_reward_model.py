@@ -27,6 +27,7 @@ from reward_model import (
     main,
     packed_scores,
     plackett_luce_loss,
+    real_pairs,
     score_rankings,
     separate_scores,
 )
@@ -114,6 +115,11 @@ def test_all_pairs_by_hand_and_for_two_answers():
     by_hand = ((loss(1) + loss(2) + loss(1)) / 3 + loss(-3)) / 2
     assert all_pairs_loss(scores, mask).item() == pytest.approx(by_hand)
     assert all_pairs_loss(scores[:, :2]).item() == pytest.approx(bradley_terry_loss(scores[:, 0], scores[:, 1]).item())
+
+
+def test_real_pairs_are_all_pairs_of_answers_that_are_there():
+    row, first, second = real_pairs(torch.tensor([[True, True, True], [True, True, False]]))
+    assert list(zip(*(x.tolist() for x in (row, first, second)))) == [(0, 0, 1), (0, 0, 2), (0, 1, 2), (1, 0, 1)]
 
 
 def test_calibration_and_agreement_by_hand():

@@ -128,6 +128,42 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
         assert dict(resumed[tag]) == dict(curves[tag])  # a step that was repeated has the same value
 
 
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("script, optimizer_steps", [("grpo_llm", 1), ("ppo_llm", 8), ("dpo", 1), ("reward_model", 1)])
+def test_ctrl_c_saves_after_the_step_and_resume_goes_on(
+    script, optimizer_steps, model_folder, tmp_path, monkeypatch, capsys
+):
+    """Also where it comes after all that step 3 computes; the evaluation that is due then is not waited for."""
+    module = import_module(script)
+    if hasattr(module, "REWARDS"):
+        monkeypatch.setattr(module, "REWARDS", ((digit_reward, 1.0), *module.REWARDS))
+    flags = {**tiny_flags(script, tmp_path, model_folder), "save_steps": 100, "eval_steps": 3}
+    whole, broken = (module.Args(**{**flags, "output_dir": str(tmp_path / name)}) for name in ("whole", "broken"))
+    expected = module.main(whole)
+    real_step, steps = torch.optim.AdamW.step, []
+
+    def interrupted(self, *arguments):
+        result = real_step(self, *arguments)
+        steps.append(1)
+        if len(steps) == 3 * optimizer_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.main(broken)
+    said = capsys.readouterr()
+    assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in said.out and "saving after this" in said.err
+    folder = run_folder(broken)
+    assert (folder / "model" / "model.safetensors").is_file() and len(steps) == 3 * optimizer_steps
+    assert [step for step, _ in scalars(folder)["eval/reward" if "llm" in script else "eval/loss"]] == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert equal(module.main(module.Args(resume=str(folder))), expected)
+
+
 # ---- bad input
 
 
@@ -220,7 +256,7 @@ BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "training row 1 is empty"),
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "training row 1 is empty"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "training row 1 has 126 tokens"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "x^2"})}, "no reward applies to prompt '1+1='"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "x^2"})}, "has no number in `answer`"),
     # grpo_llm.py
     ("grpo_llm", {"num_generations": 0}, "--num-generations must be positive"),
     ("grpo_llm", {"num_generations": 1}, "--num-generations must be at least 2"),
