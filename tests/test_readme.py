@@ -1,0 +1,45 @@
+"""The README's recipes do what they say, in a folder of a newcomer's: the scripts and what the recipe adds."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+ROLLOUT = "--max-steps 1 --generation-batch-size 8 --max-completion-length 8 --max-eval-samples 8"
+SMALL = {  # what makes a recipe's command a matter of seconds
+    "gail.py": "--total-timesteps 300 --expert-timesteps 300 --bc-epochs 1 --eval-episodes 2 --num-envs 2",
+    "my_reward.py": f"--sft-steps 1 {ROLLOUT}",
+    "grpo_llm.py": ROLLOUT,
+}
+
+
+def test_the_recipes_run(tmp_path, model_folder):
+    """Each is at most ten lines of Python."""
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    section = README.split("## Recipes")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "bash"] * 3
+    for language, text in blocks:
+        if language == "python":
+            name, code = re.fullmatch(r"# (\w+\.py)\n(.*)", text, re.DOTALL).groups()
+            assert len([line for line in code.splitlines() if line]) <= 10
+            (tmp_path / name).write_text(code)
+            continue
+        for command in text.strip().splitlines():
+            python, script, *words = shlex.split(command, comments=True)
+            words = [model_folder if word.startswith("Qwen/") else word for word in words]
+            words += SMALL.get(script, "").split()
+            done = subprocess.run(
+                [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
+            )
+            assert python == "python" and done.returncode == 0, done.stderr[-2000:]
+            if script != "my_data.py":
+                folder = tmp_path / done.stdout.splitlines()[-1]
+                assert (folder / "summary.json").is_file()
+                if script == "my_reward.py":
+                    assert "eval/brevity" in (folder / "summary.json").read_text()
