@@ -375,9 +375,10 @@ def supervised_phase(
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
     for step in trange(steps, desc="supervised", leave=False):
         batch = [rows[rng.randrange(len(rows))] for _ in range(SFT_BATCH_SIZE)]
-        queries = [tokenizer(row["prompt"]).input_ids for row in batch]
-        responses = [tokenizer(demonstrate(row, rng)).input_ids + [tokenizer.eos_token_id] for row in batch]
-        ids, mask = pad_sequences([q + r for q, r in zip(queries, responses)], tokenizer.pad_token_id, "right")
+        queries = tokenizer([row["prompt"] for row in batch]).input_ids
+        responses = tokenizer([demonstrate(row, rng) for row in batch]).input_ids
+        whole = [query + response + [tokenizer.eos_token_id] for query, response in zip(queries, responses)]
+        ids, mask = pad_sequences(whole, tokenizer.pad_token_id, "right")
         for row, query in enumerate(queries):
             mask[row, : len(query)] = False  # the prompt is given, not learnt
         for group in optimizer.param_groups:

@@ -43,12 +43,13 @@ def bench(script: str, kills: int, rng: random.Random, folder: Path) -> dict:
     Args = import_module(script).Args
     flags = {**tiny_flags(script, folder, save_tiny_model(folder / "model"))}
     flags |= {"save_steps": 1, **(LONGER[script] if script in LONGER else STEPS)}
-    begin = time.time()
-    process = start(script, flags, folder)
-    process.join()
-    seconds = time.time() - begin
-    if process.exitcode:
-        sys.exit((folder / "log").read_text())
+    for name in ("first", "second"):  # the first one may wait for the imports
+        begin, flags["output_dir"] = time.time(), str(folder / name)
+        process = start(script, flags, folder)
+        process.join()
+        seconds = time.time() - begin
+        if process.exitcode:
+            sys.exit((folder / "log").read_text())
     expected = outcome(run_folder(Args(**flags)))
     counts = {"kills": 0, "before the first checkpoint": 0, "runs": 0, "differ": 0}
     while counts["kills"] < kills:
