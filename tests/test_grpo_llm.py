@@ -541,6 +541,8 @@ def test_a_run_learns_logs_and_saves(tiny, capsys):
     assert max(value for _, value in tags["train/sampling/sampling_logp_difference/max"]) < 1e-4
     assert max(value for _, value in tags["policy/approxkl_avg"]) < 1e-8
     assert tags["charts/learning_rate"][-1][1] == pytest.approx(1e-3)
+    counted, length = (tags[f"train/{name}"][0][1] for name in ("num_tokens", "completions/mean_length"))
+    assert counted == pytest.approx(16 * (4 + length))  # a prompt such as `1+2=` counts with each completion
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids == make_tokenizer()("1+2=").input_ids
     assert torch.equal(model.state_dict()["model.norm.weight"], weights(folder)["model.norm.weight"])

@@ -282,6 +282,8 @@ def test_a_run_learns_logs_and_saves(tiny, capsys, shared_backbone):
     assert {"eval/accuracy", "eval/accuracy_before", "eval/kl", "seed", "wall_seconds"} <= set(metrics)
     assert abs(metrics["eval/kl_before"]) < 1e-4 < metrics["eval/kl"]
     tags = scalars(folder)
+    counted, length = (tags[f"train/{name}"][0][1] for name in ("num_tokens", "completions/mean_length"))
+    assert counted == pytest.approx(16 * (4 + length))  # a prompt such as `1+2=` counts with each completion
     assert len(tags["objective/scores"]) == 12 and abs(tags["objective/kl"][0][1]) < 1e-4
     assert max(value for _, value in tags["train/sampling/sampling_logp_difference/max"]) < 1e-4
     assert tags["losses/explained_variance"][0][1] == pytest.approx(0.0, abs=1e-5)  # the first values are 0
