@@ -196,8 +196,9 @@ def lecture_moves(slip: float = 0.0) -> dict:
 
 def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
     """A table P as tensors: `transition` and `arrival` (S*A, S), dense or CSR, `reward` (S, A), its mean on arrival in
-    each state `cell_reward` (S,), `initial` (S,), and the picture's `shape`. A move that ends the episode leads out of
-    the table: it is left out of `transition`, whose rows then sum to less than 1, and counts in `arrival`."""
+    each state `cell_reward` (S,), `initial` (S,), the states `ended` (S, 1) that are ends themselves, and the picture's
+    `shape`. A move that ends the episode, or leads to such a state, leads out of the table: it is left out of
+    `transition`, whose rows then sum to less than 1, and counts in `arrival`."""
     S, A = len(moves), len(moves[0])
     rows, columns, probabilities, rewards, ends = (
         torch.tensor(x) for x in zip(*(
@@ -211,21 +212,20 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
         bad_input("--env-id: a move in its table has probabilities that are negative or do not add up to 1")
     if not (initial.double().sum() - 1).abs() < 1e-6:
         bad_input("--env-id: its table has no state to start from")
-    # An absorbing state without reward is an end, under every learned reward too
-    stays = probabilities * ((rows // A == columns) & (rewards == 0))
-    stays = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, stays).view(S, A)
-    ends |= (stays > 1 - 1e-9).all(1)[columns]
 
     def matrix(kept: Tensor) -> Tensor:
         index, size = torch.stack([rows[kept], columns[kept]]), (S * A, S)
         coo = torch.sparse_coo_tensor(index, probabilities[kept], size, check_invariants=True).coalesce()
         return as_matrix(coo.to_dense() if S * A * S <= DENSE_ENTRIES else coo)
 
+    reward = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities * rewards).view(S, A)
+    arrival = matrix(torch.ones_like(ends))
+    ended = ended_states(reward, arrival)  # (S, 1)
+    ends |= ended[columns, 0]  # by the true reward, and so under every learned one
     arrivals = torch.zeros(S, dtype=torch.float64).index_add_(0, columns, probabilities)
     cell_reward = torch.zeros(S, dtype=torch.float64).index_add_(0, columns, probabilities * rewards)
     return {
-        "transition": matrix(~ends), "arrival": matrix(torch.ones_like(ends)), "initial": initial.double(),
-        "reward": torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities * rewards).view(S, A),
+        "transition": matrix(~ends), "arrival": arrival, "initial": initial.double(), "reward": reward, "ended": ended,
         "cell_reward": cell_reward / arrivals.clamp(min=1e-12), "shape": shape,
     }  # fmt: skip
 
@@ -361,7 +361,7 @@ def transposed(matrix: Tensor) -> Tensor:
 
 
 def ended_states(reward: Tensor, matrix: Tensor) -> Tensor:
-    """(S, 1), True for states that no action leaves and that have no reward: there the episode has ended and nothing is
+    """(S, 1), True for states that no action leaves and that have no true reward: there the episode has ended and nothing is
     left to decide. A reward of -log A a step cancels the entropy log A that logsumexp would count for them."""
     S, A = reward.shape
     coo = matrix.to_sparse_coo().coalesce()
@@ -371,15 +371,20 @@ def ended_states(reward: Tensor, matrix: Tensor) -> Tensor:
     return ((stay > 1 - 1e-9) & (reward == 0)).all(1, keepdim=True)
 
 
-def soft_value_iteration(reward: Tensor, transition: Tensor, gamma: float, horizon: int) -> tuple[Tensor, Tensor]:
+def soft_value_iteration(
+    reward: Tensor, transition: Tensor, gamma: float, horizon: int, ended: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The causal model's policy (H, S, A) and values (H+1, S): Q_t = r + gamma P V_t+1, V_t = logsumexp_a Q_t, V_H = 0
     and pi_t = exp(Q_t - V_t) (Ziebart et al. 2010), in float64 and in logarithms throughout.
 
     reward (S, A); transition (S, A, S), or sparse (S*A, S). Where a row sums to less than 1, the rest ends the episode:
-    a move to an absorbing state without reward or entropy. Such a state may also stand in the table."""
+    a move to an absorbing state without reward or entropy. Such a state may also stand in the table: ended (S, 1) says
+    which. None: those that no action leaves and that have no reward, which is right for a true reward, not for a learned
+    one, which may be 0 by chance."""
     S, A = reward.shape
     matrix = as_matrix(transition)
-    reward = torch.where(ended_states(reward, matrix), -math.log(A), reward.double())
+    ended = ended_states(reward, matrix) if ended is None else ended
+    reward = torch.where(ended, -math.log(A), reward.double())
     policy, values = [], [reward.new_zeros(S)]  # of the last step first
     for _ in range(horizon):
         q = reward + gamma * (matrix @ values[-1]).view(S, A)  # (S, A)
@@ -416,7 +421,7 @@ def successors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_partition(
-    reward: Tensor, transition: Tensor, initial: Tensor, horizon: int, gamma: float = 1.0
+    reward: Tensor, transition: Tensor, initial: Tensor, horizon: int, gamma: float = 1.0, ended: Tensor | None = None
 ) -> Tensor:
     """log Z of the non-causal model: the sum over all trajectories of d(s_0) prod_t P(s_t+1|s_t,a_t) exp(gamma^t r_t)
     (Ziebart et al. 2008), in logarithms. Its gradient with respect to the reward (S, A) are the model's visits.
@@ -424,7 +429,7 @@ def log_partition(
     S, A = reward.shape
     matrix = as_matrix(transition)
     states, logprobs = successors(matrix)  # (S*A, K)
-    reward, ended = reward.double(), ended_states(reward, matrix)
+    reward, ended = reward.double(), ended_states(reward, matrix) if ended is None else ended
     log_z = reward.new_zeros(S)
     for t in reversed(range(horizon)):
         following = (logprobs + F.pad(log_z, (0, 1))[states]).logsumexp(1).view(S, A)  # (S, A); an end adds log 1
@@ -767,7 +772,9 @@ def table_demonstrations(
             bad_input(f"--demos {path} has an episode of {mask.shape[1]} steps, and --horizon is {horizon}")
         visits = visit_counts(obs, act, mask, gamma, (S, A))
         return visits, visits
-    policy, _ = soft_value_iteration(reward_scale * table["reward"], table["transition"], gamma, horizon)
+    policy, _ = soft_value_iteration(
+        reward_scale * table["reward"], table["transition"], gamma, horizon, table["ended"]
+    )
     visits = occupancy(policy, table["transition"], table["initial"], gamma)
     if num_demos is None:
         return visits, visits
@@ -821,13 +828,13 @@ DIAGNOSTIC_ENTRIES = 10**6  # S*A*H up to which the non-causal model is solved f
 def noncausal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
     """Visits (S, A) of the non-causal model: the gradient of its log Z."""
     reward = reward.detach().requires_grad_()
-    log_z = log_partition(reward, table["transition"], table["initial"], horizon, gamma)
+    log_z = log_partition(reward, table["transition"], table["initial"], horizon, gamma, table["ended"])
     return torch.autograd.grad(log_z, reward)[0]
 
 
 def causal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
     """Visits (S, A) of the causal model: those of the soft-optimal policy."""
-    policy, _ = soft_value_iteration(reward, table["transition"], gamma, horizon)
+    policy, _ = soft_value_iteration(reward, table["transition"], gamma, horizon, table["ended"])
     return occupancy(policy, table["transition"], table["initial"], gamma)
 
 
@@ -1074,7 +1081,7 @@ def fit_exact(
         entries.retain_grad()
         rewards = reward_of_table(entries, inputs, table["arrival"], target_visits.shape[1])  # (S, A)
         with torch.no_grad():
-            policy, values = soft_value_iteration(rewards, table["transition"], gamma, horizon)
+            policy, values = soft_value_iteration(rewards, table["transition"], gamma, horizon, table["ended"])
             difference = occupancy(policy, table["transition"], table["initial"], gamma) - target_visits  # (S, A)
         penalty = reward_l2 * entries.square().sum()
         ((difference * rewards).sum() + penalty).backward()  # not the objective, but its gradient
@@ -1233,7 +1240,7 @@ def main_table(
             entries = module()  # (S, outputs)
             rewards[name] = learned = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
             rewards[f"{name}_entries"] = entries.clone()  # what other dynamics need
-            policies[name], _ = soft_value_iteration(learned, table["transition"], gamma, horizon)  # (H, S, A)
+            policies[name], _ = soft_value_iteration(learned, table["transition"], gamma, horizon, table["ended"])
             found[name] = evaluate_table(learned, table, expert_visits, gamma, horizon)
             if other is not None:  # the same entries under other dynamics
                 moved = reward_of_table(entries, inputs, other["arrival"], A)

@@ -94,7 +94,7 @@ def test_log_partition_and_its_gradient_are_those_of_the_enumeration(ends, gamma
     reward, transition, initial = make_mdp(ends=ends)
     log_z, visits = brute_force(reward, transition, initial, H, gamma)
     assert log_partition(reward, transition, initial, H, gamma).item() == pytest.approx(log_z, abs=1e-10)
-    table = {"transition": transition, "initial": initial}
+    table = {"transition": transition, "initial": initial, "ended": None}
     assert torch.allclose(noncausal_visits(reward, table, gamma, H), visits, atol=1e-10)
     assert gamma < 1 or ends or visits.sum().item() == pytest.approx(H)  # exactly H states
 
@@ -197,10 +197,27 @@ def test_an_absorbing_state_is_an_end_under_every_learned_reward():
     """Not flagged as an end, but left by no action and without reward: the demonstrator's reward decides it."""
     moves = {0: {0: [(1.0, 1, 0.5, False)], 1: [(1.0, 0, 0.0, False)]}, 1: {a: [(1.0, 1, 0.0, False)] for a in (0, 1)}}
     table = maxent_irl.read_table(moves, torch.tensor([1.0, 0.0]), (1, 2))
-    assert table["transition"].view(2, 2, 2)[0].tolist() == [[0, 0], [1, 0]]
+    assert table["transition"].view(2, 2, 2)[0].tolist() == [[0, 0], [1, 0]] and table["ended"].tolist() == [[0], [1]]
     visits = causal_visits(table["reward"], table, 1.0, 10)
     reward = maxent_irl.TableReward("linear", visits, 0)
     assert maxent_irl.fit_exact(reward, "state_action", visits, table, 1.0, 10, 0.0, 1e-4, 5)[1] < 1e-4
+
+
+def test_a_goal_that_pays_at_every_step_is_no_end_while_its_learned_reward_is_0():
+    """A 2x2 grid whose goal no move leaves; rewards to be learned start at exactly 0, where it looks like an end."""
+    moves = {}
+    for s in range(4):
+        y, x = divmod(s, 2)
+        reached = [2 * y, 2 * y + 1, x, 2 + x] if s < 3 else [3] * 4
+        moves[s] = {a: [(1.0, s2, float(s == 3), False)] for a, s2 in enumerate(reached)}
+    table = maxent_irl.read_table(moves, torch.eye(4)[0], (2, 2))
+    visits = causal_visits(table["reward"], table, 1.0, 10)
+    assert not table["ended"].any()
+    for inputs, seen in (("state", visits.sum(1, keepdim=True)), ("state_action", visits)):
+        reward = maxent_irl.TableReward("linear", seen, 0)
+        _, gap = maxent_irl.fit_exact(reward, inputs, visits, table, 1.0, 10, 0.0, 1e-4, 5)
+        results = maxent_irl.evaluate_table(reward().detach().expand(-1, 4), table, visits, 1.0, 10)
+        assert gap < 1e-4 and results["normalized_score"] == pytest.approx(1, abs=1e-3)
 
 
 def test_an_absorbing_state_in_the_table_is_an_end_without_reward_or_entropy():
@@ -235,7 +252,7 @@ def test_the_two_models_agree_under_deterministic_dynamics_and_one_start_only():
     reward, transition, initial = make_mdp(S=6, A=3, deterministic=True)
     one_start = torch.eye(6, dtype=torch.float64)[0]
     for start, same in ((one_start, True), (initial, False)):
-        table = {"transition": transition, "initial": start}
+        table = {"transition": transition, "initial": start, "ended": None}
         causal, noncausal = (visits(reward, table, 1.0, 8) for visits in (causal_visits, noncausal_visits))
         assert torch.allclose(causal, noncausal, atol=1e-10) == same
         value = start @ soft_value_iteration(reward, transition, 1.0, 8)[1][0]
@@ -320,7 +337,7 @@ def test_weighted_visits_are_the_non_causal_models(ends):
     steps = weights[:, None].expand(-1, H)[batch["mask"]]
     estimate = torch.bincount(index, steps, 6).view(3, 2)
     exact = brute_force(reward, transition, initial, H)[1]
-    causal = causal_visits(reward, {"transition": transition, "initial": initial}, 1.0, H)
+    causal = causal_visits(reward, {"transition": transition, "initial": initial, "ended": None}, 1.0, H)
     assert (estimate - exact).abs().max() < 0.02 < (causal - exact).abs().max()
 
 
