@@ -830,8 +830,6 @@ def main(args: Args) -> dict[str, float]:
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = trange(first_step, iterations, initial=first_step, total=iterations, desc="gail")
     for step in bar:
-        if interrupts:
-            break
         # ---- rollout: trajectories of pi_i
         step_start, cpu_start = time.time(), time.process_time()
         batch = rollout(envs, policy, statistics, num_steps, first_seed + step * N, "sample", generator)
@@ -895,11 +893,14 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix_str(f"return {episodic_return:.1f}, expert's {expert_return:.1f}")
 
         # ---- save
-        if done % args.save_steps == 0 or done == iterations or interrupts:
+        interrupted = bool(interrupts)
+        if done % args.save_steps == 0 or done == iterations or interrupted:
             save()
+        if interrupted:
+            break
     bar.close()
     signal.signal(signal.SIGINT, old_handler)
-    if interrupts and done < iterations:
+    if done < iterations:
         print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
         raise SystemExit(130)
 

@@ -361,7 +361,7 @@ def transposed(matrix: Tensor) -> Tensor:
 
 
 def ended_states(reward: Tensor, matrix: Tensor) -> Tensor:
-    """(S, 1), True for states that no action leaves and that have no true reward: there the episode has ended and nothing is
+    """(S, 1), True for states that no action leaves and that have no true reward: the episode has ended, and nothing is
     left to decide. A reward of -log A a step cancels the entropy log A that logsumexp would count for them."""
     S, A = reward.shape
     coo = matrix.to_sparse_coo().coalesce()
@@ -379,8 +379,8 @@ def soft_value_iteration(
 
     reward (S, A); transition (S, A, S), or sparse (S*A, S). Where a row sums to less than 1, the rest ends the episode:
     a move to an absorbing state without reward or entropy. Such a state may also stand in the table: ended (S, 1) says
-    which. None: those that no action leaves and that have no reward, which is right for a true reward, not for a learned
-    one, which may be 0 by chance."""
+    which. None: those that no action leaves and that have no reward: right for a true reward, not for a learned one,
+    which may be 0 by chance."""
     S, A = reward.shape
     matrix = as_matrix(transition)
     ended = ended_states(reward, matrix) if ended is None else ended
@@ -1004,26 +1004,6 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
     return parsed[0] or {}, parsed[1]
 
 
-def catch_ctrl_c() -> list[int]:
-    """A list that the first Ctrl-C is put into, to be heard after the step. A second one interrupts at once."""
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        interrupts.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    return interrupts
-
-
-def end_training(interrupts: list[int], done: int, max_steps: int, run_dir: Path) -> None:
-    """Give Ctrl-C its usual meaning back, and stop here if it was heard before the last step."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts and done < max_steps:
-        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
-        raise SystemExit(130)
-
-
 def reward_step(
     reward: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float, run_dir: Path, step: int
 ) -> float:
@@ -1159,11 +1139,17 @@ def main_table(
     next_states, next_logprobs = successors(table["transition"])  # (S*A, K)
     discounts = gamma ** torch.arange(horizon, dtype=torch.float64)  # (H,)
     solvable = S * A * horizon <= DIAGNOSTIC_ENTRIES
-    interrupts, done = catch_ctrl_c(), first_step
+    done = first_step
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        """The first Ctrl-C is heard after the step, a second one at once."""
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = trange(first_step, max_steps, initial=first_step, total=max_steps, desc="sampled", disable=not max_steps)
     for step in bar:
-        if interrupts:
-            break
         # ---- rollout
         step_start = time.time()
         batch = sample_table(q.softmax(2), next_states, next_logprobs, table["initial"], N, generator)  # (N, H) each
@@ -1222,15 +1208,21 @@ def main_table(
         if done % args.eval_steps == 0 and done < max_steps:
             for name, value in evaluate_table(learned, table, expert_visits, gamma, horizon).items():
                 writer.add_scalar(f"eval/{name}", value, done)
-        if done % args.save_steps == 0 or done == max_steps or interrupts:
+        interrupted = bool(interrupts)
+        if done % args.save_steps == 0 or done == max_steps or interrupted:
             save_checkpoint(run_dir / "checkpoint.pt", {
                 "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(), "q": q,
                 "replay": replay, "stored": stored, "generator": generator.get_state(), "env_steps": env_steps,
                 "exact_reward": modules["exact"].state_dict() if "exact" in modules else None,
                 "seconds": seconds_before + time.time() - start_time,
             })  # fmt: skip
+        if interrupted:
+            break
     bar.close()
-    end_training(interrupts, done, max_steps, run_dir)
+    signal.signal(signal.SIGINT, old_handler)
+    if done < max_steps:
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        raise SystemExit(130)
 
     # ---- the last evaluation, maps, results
     found, rewards, policies = {}, {}, {}
@@ -1347,11 +1339,16 @@ def main_control(
 
     if state is None:  # what comes before the loop may have taken long
         save()
-    interrupts = catch_ctrl_c()
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        """The first Ctrl-C is heard after the step, a second one at once."""
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps)
     for step in bar:
-        if interrupts:
-            break
         # ---- rollout
         step_start = time.time()
         batch = sample_control(envs, policy, statistics, horizon, seeds + step * N, "sample", generator)  # (N, T) each
@@ -1413,10 +1410,16 @@ def main_control(
         if done % args.eval_steps == 0 and done < args.max_steps:
             for name, value in evaluate_control(**evaluation).items():
                 writer.add_scalar(f"eval/{name}", value, done)
-        if done % args.save_steps == 0 or done == args.max_steps or interrupts:
+        interrupted = bool(interrupts)
+        if done % args.save_steps == 0 or done == args.max_steps or interrupted:
             save()
+        if interrupted:
+            break
     bar.close()
-    end_training(interrupts, done, args.max_steps, run_dir)
+    signal.signal(signal.SIGINT, old_handler)
+    if done < args.max_steps:
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        raise SystemExit(130)
 
     # ---- the last evaluation, results
     results = evaluate_control(**evaluation)

@@ -35,6 +35,7 @@ from gail import (
 from gymnasium.spaces import Box, Discrete
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
 
 SPACES = [Discrete(3), Box(-2.0, 2.0, (2,))]
 
@@ -419,6 +420,28 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypa
     assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
     metrics = main(Args(resume=str(run_folder(broken))))
     assert metrics["eval/return"] == expected["eval/return"] and metrics["env_steps"] == expected["env_steps"]
+
+
+def test_ctrl_c_between_two_steps_is_heard_after_the_next_one(tiny, monkeypatch, capsys):
+    """The signal comes after step 2 has asked whether to save, before step 3 begins."""
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 2 and self.desc != "expert":
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield step
+
+    def handler(*_):
+        pass
+
+    monkeypatch.setattr(gail, "trange", lambda *counts, **flags: Bar(range(*counts), **flags))
+    args, old_handler = tiny(constant_action=0, save_steps=100), signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert signal.signal(signal.SIGINT, old_handler) is handler
+    assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
+    assert torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_the_same_seed_gives_the_same_policy_and_another_seed_another(tiny):

@@ -32,6 +32,7 @@ from maxent_irl import (
     successors,
 )
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 H = 4
 
@@ -564,6 +565,30 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypa
     assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
     metrics = main(Args(resume=str(run_folder(broken))))
     assert all(metrics[key] == expected[key] for key in expected if key != "wall_seconds")
+
+
+@pytest.mark.parametrize("env_id", [None, "CartPole-v1"])
+def test_ctrl_c_between_two_steps_is_heard_after_the_next_one(env_id, tiny, monkeypatch, capsys):
+    """The signal comes after step 2 has asked whether to save, before step 3 begins."""
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 2 and self.desc != "expert":
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield step
+
+    def handler(*_):
+        pass
+
+    monkeypatch.setattr(maxent_irl, "trange", lambda *counts, **flags: Bar(range(*counts), **flags))
+    flags = {"estimator": "sampled"} if env_id is None else CARTPOLE
+    args, old_handler = tiny(**flags, save_steps=100), signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert signal.signal(signal.SIGINT, old_handler) is handler
+    assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
+    assert torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(tiny):
