@@ -168,12 +168,12 @@ def bad_input(message: str) -> NoReturn:
 # ---- environments and demonstrations ---------------------------------------------------------------------------------
 
 
-def make_envs(env_id: str, num_envs: int) -> gymnasium.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, /, **env_kwargs) -> gymnasium.vector.VectorEnv:
     """Environments that step together, by their own vectorised code where they have any."""
     try:
-        own = gymnasium.spec(env_id).vector_entry_point is not None
-        # Gymnasium's checker would test every step
-        envs = gymnasium.make_vec(env_id, num_envs, **({} if own else {"disable_env_checker": True}))
+        if gymnasium.spec(env_id).vector_entry_point is None:
+            env_kwargs["disable_env_checker"] = True  # it would test every step
+        envs = gymnasium.make_vec(env_id, num_envs, **env_kwargs)
     except Exception as error:  # of whatever kind the environment's own code raises; it names what to install
         bad_input(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
     if envs.metadata.get("autoreset_mode") != gymnasium.vector.AutoresetMode.NEXT_STEP:
@@ -277,37 +277,28 @@ class Policy(nn.Module):
         outputs = self.net(obs)  # (..., A)
         return outputs if self.discrete else torch.cat([outputs, self.log_std.expand_as(outputs)], -1)  # (..., 2A)
 
+    def select(self, outputs: Tensor, mode: str, generator: torch.Generator) -> Tensor:
+        """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or unclipped."""
+        if self.discrete:
+            if mode == "greedy":
+                return outputs.argmax(-1)
+            weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
+            return torch.multinomial(weights, 1, generator=generator)[:, 0]
+        mean, log_std = outputs.chunk(2, -1)
+        if mode == "uniform":
+            return 2 * torch.rand(mean.shape, generator=generator) - 1
+        return mean + log_std.exp() * torch.randn(mean.shape, generator=generator) if mode == "sample" else mean
 
-def policy_logprobs(outputs: Tensor, actions: Tensor, discrete: bool) -> Tensor:
-    """log pi(a|s) (...) of indices (...), or of actions (..., A) before they are clipped to the Box: what becomes of an
-    action is the environment's."""
-    if discrete:
-        return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-    mean, log_std = outputs.chunk(2, -1)
-    return (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    def unit(self, actions: Tensor) -> Tensor:
+        """What the environment makes of selected actions: indices stay, others are clipped to [-1, 1]."""
+        return actions if self.discrete else actions.clamp(-1, 1)
 
-
-def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
-    """KL(old || new) (...) of the distributions with these outputs."""
-    if discrete:
-        old, new = old.log_softmax(-1), new.log_softmax(-1)
-        return (old.exp() * (old - new)).sum(-1)
-    (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
-    square = (old_log_std.exp().square() + (old_mean - mean).square()) / (2 * log_std.exp().square())
-    return (log_std - old_log_std + square - 0.5).sum(-1)
-
-
-def select_actions(outputs: Tensor, discrete: bool, mode: str, generator: torch.Generator) -> Tensor:
-    """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or unclipped."""
-    if discrete:
-        if mode == "greedy":
-            return outputs.argmax(-1)
-        weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
-        return torch.multinomial(weights, 1, generator=generator)[:, 0]
-    mean, log_std = outputs.chunk(2, -1)
-    if mode == "uniform":
-        return 2 * torch.rand(mean.shape, generator=generator) - 1
-    return mean + log_std.exp() * torch.randn(mean.shape, generator=generator) if mode == "sample" else mean
+    def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a|s) (...) of indices (...), or of actions (..., A) before they are clipped."""
+        if self.discrete:
+            return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        mean, log_std = outputs.chunk(2, -1)
+        return (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 OBSERVATION_RANGE = 10.0  # of normalised observations, as in OpenAI's baselines
@@ -325,10 +316,10 @@ def observation_statistics(expert_obs: Tensor, other_obs: Tensor) -> Tensor:
     return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
 
 
-def discriminator_inputs(obs: Tensor, actions: Tensor, num_actions: int | None) -> Tensor:
-    """What D sees of pairs: normalised observations (..., D), and with them indices as one-hot vectors (num_actions),
-    or actions as the environment takes them. Unclipped ones would give away a policy that does the same."""
-    actions = F.one_hot(actions, num_actions).float() if num_actions else actions.clamp(-1, 1)
+def pair_features(obs: Tensor, actions: Tensor, num_actions: int | None) -> Tensor:
+    """State-action pairs as a network sees them: normalised observations (..., D), and with them indices as one-hot
+    vectors (num_actions), or actions in [-1, 1]: as the environment takes them, not as the policy selects them."""
+    actions = F.one_hot(actions, num_actions).float() if num_actions else actions
     return torch.cat([obs, actions], -1)  # (..., D + A)
 
 
@@ -384,6 +375,16 @@ def gae_episodic(
     return advantages, advantages + values
 
 
+def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
+    """KL(old || new) (...) of the distributions with these outputs."""
+    if discrete:
+        old, new = old.log_softmax(-1), new.log_softmax(-1)
+        return (old.exp() * (old - new)).sum(-1)
+    (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
+    square = (old_log_std.exp().square() + (old_mean - mean).square()) / (2 * log_std.exp().square())
+    return (log_std - old_log_std + square - 0.5).sum(-1)
+
+
 def fisher_vector_product(policy: nn.Module, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
     """v -> (F + damping I) v for flat vectors of parameters: F is the Hessian of the mean KL(old || new) over states
     (b, D), at new = old, by differentiating twice. The old distribution is a constant."""
@@ -429,7 +430,7 @@ def trpo_step(
 
     def surrogate_and_kl() -> tuple[Tensor, Tensor]:
         outputs = policy(obs)
-        ratio = (policy_logprobs(outputs, actions, policy.discrete) - old_logprobs).exp()  # (B,)
+        ratio = (policy.logprobs(outputs, actions) - old_logprobs).exp()  # (B,)
         return (ratio * advantages).mean(), policy_kl(old_outputs, outputs, policy.discrete).mean()
 
     parameters = list(policy.parameters())
@@ -473,25 +474,33 @@ def fit_value(
 # ---- trajectories ----------------------------------------------------------------------------------------------------
 
 
-def space_actions(squashed: Tensor, space: Box) -> Tensor:
-    """Actions of the space from actions in [-1, 1]."""
+# Seeds of the environments' episodes; those of training count from 0.
+EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
+
+
+def space_actions(actions: Tensor, space: gymnasium.Space) -> Tensor:
+    """Actions of the space from indices, or from actions in [-1, 1]."""
+    if isinstance(space, Discrete):
+        return actions
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return low + (squashed + 1) / 2 * (high - low)
+    return low + (actions + 1) / 2 * (high - low)
 
 
-def unit_actions(actions: Tensor, space: Box) -> Tensor:
+def unit_actions(actions: Tensor, space: gymnasium.Space) -> Tensor:
     """The inverse of space_actions."""
+    if isinstance(space, Discrete):
+        return actions.long()
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     return ((actions - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
 
 
 @torch.no_grad()
 def rollout(
-    envs: gymnasium.vector.VectorEnv, policy: Policy, statistics: Tensor, steps: int, seed: int, mode: str,
+    envs: gymnasium.vector.VectorEnv, policy: nn.Module, statistics: Tensor, steps: int, seed: int, mode: str,
     generator: torch.Generator, one_episode: bool = False,
 ) -> dict[str, Tensor]:
     """S steps of N environments from a reset with this seed: no state is kept between calls. obs (S+1, N, D), raw; act
-    (S, N) or (S, N, A), before clipping; logprobs, stored when acting; true rew, mask, terminated, truncated (S, N).
+    (S, N) or (S, N, A), as selected; logprobs, stored when acting; true rew, mask, terminated, truncated (S, N).
     obs[t+1] is what step t led to: at the end of an episode its last observation, before any reset.
 
     In the step after an end Gymnasium resets and ignores the action: that is no data, so mask is False. An episode that
@@ -501,9 +510,8 @@ def rollout(
     outputs, columns, live = [], [], np.ones(envs.num_envs, dtype=bool)
     for t in range(steps):
         outputs.append(policy(normalise(observed[-1].to(device), statistics)).cpu())  # (N, outputs)
-        actions = select_actions(outputs[-1], policy.discrete, mode, generator)  # (N,) or (N, A)
-        to_env = actions if policy.discrete else space_actions(actions.clamp(-1, 1), space)
-        obs, reward, terminated, truncated, _ = envs.step(to_env.numpy())
+        actions = policy.select(outputs[-1], mode, generator)  # (N,) or (N, A)
+        obs, reward, terminated, truncated, _ = envs.step(space_actions(policy.unit(actions), space).numpy())
         if not np.isfinite(obs).all():
             bad_input(f"--env-id: an observation of the environment is not finite in step {t + 1} of a rollout")
         observed.append(torch.tensor(obs, dtype=torch.float32))
@@ -513,7 +521,7 @@ def rollout(
             break
     act, rew, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (S, N), act maybe (S, N, A)
     truncated[-1] |= ~terminated[-1]
-    logprobs = policy_logprobs(torch.stack(outputs), act, policy.discrete)  # (S, N)
+    logprobs = policy.logprobs(torch.stack(outputs), act)  # (S, N)
     batch = {
         "obs": torch.stack(observed), "act": act, "logprobs": logprobs, "rew": rew.float(), "mask": mask,
         "terminated": terminated, "truncated": truncated,
@@ -549,11 +557,10 @@ def trpo_expert(
         bar.set_postfix_str(f"return {mean_return_and_length(batch)[0]:.1f}")
 
 
-def write_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Space) -> None:
+def write_demos(path: Path, batch: dict[str, Tensor], policy: nn.Module, action_space: gymnasium.Space) -> None:
     """A rollout of one episode each, in the format of --demos."""
     batch = {name: x.cpu() for name, x in batch.items()}
-    mask = batch["mask"].t()  # (N, S)
-    act = batch["act"] if isinstance(action_space, Discrete) else space_actions(batch["act"].clamp(-1, 1), action_space)
+    mask, act = batch["mask"].t(), space_actions(policy.unit(batch["act"]), action_space)  # mask (N, S)
     columns = {"obs": batch["obs"][:-1], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
     columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}
     np.savez(path, lengths=mask.sum(1).numpy(), **columns)
@@ -578,12 +585,12 @@ def clone_behaviour(
     best, best_parameters = -math.inf, None
     for _ in range(epochs):
         for rows in train[torch.randperm(count, generator=generator).to(obs.device)].split(batch_size):
-            loss = -policy_logprobs(policy(obs[rows]), actions[rows], policy.discrete).mean()
+            loss = -policy.logprobs(policy(obs[rows]), actions[rows]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            likelihood = policy_logprobs(policy(obs[held_out]), actions[held_out], policy.discrete).mean().item()
+            likelihood = policy.logprobs(policy(obs[held_out]), actions[held_out]).mean().item()
         if likelihood > best:
             best, best_parameters = likelihood, parameters_to_vector(policy.parameters()).detach().clone()
     if best_parameters is not None:
@@ -691,8 +698,6 @@ def lasting(history: list[list[float]], threshold: float) -> list[float] | None:
     return history[first] if first < len(history) else None
 
 
-# Seeds of the environments' episodes; those of training count from 0.
-EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
 LASTING_SCORE = 0.95  # of the way from uniform actions to the expert, for env_steps_to_0.95 and cpu_seconds_to_0.95
 
 
@@ -771,14 +776,14 @@ def main(args: Args) -> dict[str, float]:
             demo_envs = make_envs(args.env_id, max(args.num_demos, args.eval_episodes))
             seed = first_seed + DEMO_SEEDS
             batch = rollout(demo_envs, expert, statistics, episode_steps, seed, "sample", generator, True)
-            write_demos(run_dir / "demos.npz", batch, spaces[1])
+            write_demos(run_dir / "demos.npz", batch, expert, spaces[1])
     if demos is None:
         demos = load_demos(str(run_dir / "demos.npz"), None, *spaces)
     expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
     demos = {name: x[: args.num_demos] for name, x in demos.items() if x is not None}
     kept = subsample_demos(demos["mask"], args.subsample, torch.Generator().manual_seed(args.seed))  # (N, T)
-    expert_actions = demos["act"][kept].long() if num_actions else unit_actions(demos["act"][kept], spaces[1])
-    expert_obs, expert_actions = demos["obs"][kept].float().to(device), expert_actions.to(device)  # (n, D), (n, ...)
+    expert_obs = demos["obs"][kept].to(device)  # (n, D)
+    expert_actions = unit_actions(demos["act"][kept], spaces[1]).to(device)  # (n,) or (n, A)
 
     # ---- normaliser, behaviour cloning, or the state of a checkpoint
     env_steps, cpu_seconds, first_step, seconds_before, history = 0, 0.0, 0, 0.0, []
@@ -806,7 +811,7 @@ def main(args: Args) -> dict[str, float]:
         statistics = statistics.to(device)
         first_step, env_steps, history = state["step"], state["env_steps"], state["history"]
         cpu_seconds, seconds_before = state["cpu_seconds"], state["seconds"]
-    expert_inputs = discriminator_inputs(normalise(expert_obs, statistics), expert_actions, num_actions)  # (n, D + A)
+    expert_inputs = pair_features(normalise(expert_obs, statistics), expert_actions, num_actions)  # (n, D + A)
 
     def save() -> None:
         save_checkpoint(run_dir / "checkpoint.pt", {
@@ -838,7 +843,7 @@ def main(args: Args) -> dict[str, float]:
         obs, act, logprobs = all_obs[:-1][mask], batch["act"][mask], batch["logprobs"][mask]  # (B, ...)
 
         # ---- discriminator: D_i to D_i+1, up E_pi[log D] + E_expert[log(1 - D)]
-        policy_inputs = discriminator_inputs(obs, act, num_actions)  # (B, D + A)
+        policy_inputs = pair_features(obs, policy.unit(act), num_actions)  # (B, D + A)
         for _ in range(args.discriminator_steps):
             logits = discriminator(torch.cat([policy_inputs, expert_inputs]))[:, 0]  # (B + n,)
             loss, logs = discriminator_loss(*logits.split([len(obs), len(expert_inputs)]), args.discriminator_entropy)

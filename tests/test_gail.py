@@ -17,7 +17,6 @@ from gail import (
     Args,
     Policy,
     conjugate_gradient,
-    discriminator_inputs,
     discriminator_loss,
     fisher_vector_product,
     gae_episodic,
@@ -26,8 +25,8 @@ from gail import (
     main,
     normalise,
     observation_statistics,
+    pair_features,
     policy_kl,
-    policy_logprobs,
     rollout,
     subsample_demos,
     trpo_step,
@@ -55,9 +54,9 @@ def make_batch(policy, count=200):
     obs = torch.randn(count, 2, dtype=torch.float64)
     with torch.no_grad():
         outputs = policy(obs)
-        actions = gail.select_actions(outputs.float(), policy.discrete, "sample", torch.Generator().manual_seed(0))
+        actions = policy.select(outputs.float(), "sample", torch.Generator().manual_seed(0))
         actions = actions if policy.discrete else actions.double()
-        return obs, actions, policy_logprobs(outputs, actions, policy.discrete), torch.randn(count).double()
+        return obs, actions, policy.logprobs(outputs, actions), torch.randn(count).double()
 
 
 TRPO = {"max_kl": 0.01, "cg_iterations": 10, "cg_damping": 0.1, "fisher_states": 1000, "line_search_steps": 10}
@@ -136,7 +135,7 @@ def test_kl_and_logprobs_are_torchs(space):
     expected = torch.distributions.kl_divergence(distribution(old), distribution(new))
     assert torch.allclose(policy_kl(old, new, discrete), expected)
     actions = distribution(old).sample()
-    assert torch.allclose(policy_logprobs(new, actions, discrete), distribution(new).log_prob(actions))
+    assert torch.allclose(Policy(2, space, 3).logprobs(new, actions), distribution(new).log_prob(actions))
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -172,7 +171,7 @@ def kl_and_surrogate(policy, old_outputs, obs, actions, logprobs, advantages):
     advantages = (advantages - advantages.mean()) / advantages.std()
     with torch.no_grad():
         outputs = policy(obs)
-        ratio = (policy_logprobs(outputs, actions, policy.discrete) - logprobs).exp()
+        ratio = (policy.logprobs(outputs, actions) - logprobs).exp()
         return policy_kl(old_outputs, outputs, policy.discrete).mean().item(), (ratio * advantages).mean().item()
 
 
@@ -267,14 +266,14 @@ def test_the_reset_after_an_end_is_no_data_and_a_cut_episode_is_truncated():
 def test_stored_logprobs_are_recomputed_and_of_actions_before_clipping(space):
     envs, policy = Scripted(space), Policy(1, space, 4)
     batch = rollout(envs, policy, STATISTICS, 50, 0, "sample", torch.Generator().manual_seed(0))
-    again = policy_logprobs(policy(normalise(batch["obs"][:-1], STATISTICS)), batch["act"], policy.discrete)
+    again = policy.logprobs(policy(normalise(batch["obs"][:-1], STATISTICS)), batch["act"])
     assert torch.allclose(again, batch["logprobs"], atol=1e-6)
     if not policy.discrete:
         assert batch["act"].abs().max() > 1.5  # of the unit box, and still the density is the Gaussian's
         assert all(space.contains(row) for actions in envs.actions for row in actions.astype(np.float64))
         clipped = torch.from_numpy(np.stack(envs.actions))
         assert torch.allclose(gail.unit_actions(clipped, space), batch["act"].clamp(-1, 1), atol=1e-6)
-        seen = discriminator_inputs(batch["obs"][:-1], batch["act"], None)
+        seen = pair_features(batch["obs"][:-1], policy.unit(batch["act"]), None)
         assert torch.equal(seen[..., 1:], batch["act"].clamp(-1, 1))
 
 
