@@ -12,10 +12,10 @@ the demonstrator's actions fails where its own errors take it; GAIL sees those s
 
     max_pi min_D  - E_pi[log D(s,a)] - E_expert[log(1 - D(s,a))] + lambda H(pi),   D = probability of "policy"
 
-This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) to the letter. An iteration samples trajectories from
-resets; steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477)
-on the cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline. From the authors'
-code comes one more term, a little entropy for D.
+This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) in its order. An iteration samples trajectories from resets;
+steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477) on the
+cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline. What the algorithm leaves
+open is from the authors' code (advantages by GAE, a little entropy for D) or a flag that says its source.
 
     python gail.py                                              # laptop: CartPole, makes its expert first
     python gail.py --demos CartPole-v1.npz --num-demos 10       # from a file
@@ -336,6 +336,7 @@ def discriminator_loss(
     entropy = sum((F.softplus(logits) - logits * logits.sigmoid()).mean() for logits in (policy_logits, expert_logits))
     stats = {
         "losses/discriminator_loss": (policy_loss + expert_loss).detach(),
+        "losses/discriminator_entropy": entropy.detach(),
         "train/policy_accuracy": (policy_logits > 0).float().mean(),
         "train/expert_accuracy": (expert_logits < 0).float().mean(),
     }
@@ -537,7 +538,7 @@ def mean_return_and_length(batch: dict[str, Tensor]) -> tuple[float, float]:
 
 def trpo_expert(
     envs: gymnasium.vector.VectorEnv, policy: Policy, value: nn.Module, statistics: Tensor, num_steps: int,
-    total_timesteps: int, first_seed: int, gamma: float, gae_lambda: float, learning_rate: float, trpo_flags: dict,
+    total_timesteps: int, first_seed: int, gamma: float, gae_lambda: float, learning_rate: float, policy_flags: dict,
     value_flags: dict, generator: torch.Generator,
 ) -> None:
     """TRPO on the true reward: main's loop without a discriminator."""
@@ -552,7 +553,7 @@ def trpo_expert(
         advantages, returns = gae_episodic(batch["rew"], values[:-1], values[1:], *ends, gamma, gae_lambda)  # (S, N)
         obs = obs[:-1][mask]  # (B, D)
         data = (x[mask] for x in (batch["act"], batch["logprobs"], advantages))
-        trpo_step(policy, obs, *data, generator=generator, **trpo_flags)
+        trpo_step(policy, obs, *data, generator=generator, **policy_flags)
         fit_value(value, optimizer, obs, returns[mask] * (1 - gamma), generator=generator, **value_flags)
         bar.set_postfix_str(f"return {mean_return_and_length(batch)[0]:.1f}")
 
@@ -698,6 +699,24 @@ def lasting(history: list[list[float]], threshold: float) -> list[float] | None:
     return history[first] if first < len(history) else None
 
 
+def check_gail_args(args: Args) -> None:
+    """Whatever the flags alone show to be wrong."""
+    check_ranges(
+        args, ["save_steps", "num_demos", "subsample", "expert_timesteps", "total_timesteps", "num_envs", "num_steps",
+               "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_states", "learning_rate", "value_epochs",
+               "value_learning_rate", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate",
+               "discriminator_steps", "eval_steps", "eval_episodes"],
+        ["seed", "gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy",
+         "gradient_penalty"],
+    )  # fmt: skip
+    if args.seed >= 2**33:  # seeds of episodes count from --seed * 10**9, and must fit 63 bits
+        bad_input(f"--seed {args.seed} must be below 2**33")
+    if args.gamma >= 1 or args.gae_lambda > 1:
+        bad_input(f"--gamma {args.gamma} must be below 1, and --gae-lambda {args.gae_lambda} at most 1")
+    if args.constant_action is not None and args.demos is not None:
+        bad_input("--constant-action makes demonstrations, and --demos reads them: give one of the two")
+
+
 LASTING_SCORE = 0.95  # of the way from uniform actions to the expert, for env_steps_to_0.95 and cpu_seconds_to_0.95
 
 
@@ -708,18 +727,7 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is not None:
         args, state = load_run(args)
     device = choose_device(args)
-    check_ranges(
-        args, ["save_steps", "num_demos", "subsample", "expert_timesteps", "total_timesteps", "num_envs", "num_steps",
-               "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_states", "learning_rate", "value_epochs",
-               "value_learning_rate", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate",
-               "discriminator_steps", "eval_steps", "eval_episodes"],
-        ["seed", "gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy",
-         "gradient_penalty"],
-    )  # fmt: skip
-    if args.seed >= 2**33:
-        bad_input(f"--seed {args.seed} must be below 2**33")
-    if args.gamma >= 1 or args.gae_lambda > 1:
-        bad_input(f"--gamma {args.gamma} must be below 1, and --gae-lambda {args.gae_lambda} at most 1")
+    check_gail_args(args)
     N = args.num_envs
     envs, eval_envs = make_envs(args.env_id, N), make_envs(args.env_id, args.eval_episodes)
     spaces = envs.single_observation_space, envs.single_action_space
@@ -730,8 +738,6 @@ def main(args: Args) -> dict[str, float]:
         bad_input(f"--env-id {args.env_id} has no time limit: a rollout would not end")
     if args.constant_action is not None and not (num_actions and 0 <= args.constant_action < num_actions):
         bad_input(f"--constant-action {args.constant_action} is no action of {args.env_id}, which takes {spaces[1]}")
-    if args.constant_action is not None and args.demos is not None:
-        bad_input("--constant-action makes demonstrations, and --demos reads them: give one of the two")
     demos = load_demos(args.demos, None, *spaces) if args.demos is not None else None
     if demos is not None and args.num_demos > len(demos["mask"]):
         bad_input(f"--num-demos {args.num_demos}, but {args.demos} has {len(demos['mask'])} episodes")
@@ -739,7 +745,7 @@ def main(args: Args) -> dict[str, float]:
     if N * num_steps < 2:
         bad_input("--num-envs 1 --num-steps 1: one advantage has no standard deviation")
     iterations = math.ceil(args.total_timesteps / (N * num_steps))
-    run_dir, writer = open_run(args, args.env_id, state["step"] if state else 0, device)
+    run_dir, writer = open_run(args, args.env_id, 0 if state is None else state["step"], device)
 
     torch.manual_seed(args.seed)  # of the networks
     generator, first_seed = torch.Generator().manual_seed(args.seed), args.seed * 10**9
@@ -749,7 +755,7 @@ def main(args: Args) -> dict[str, float]:
     discriminator = mlp(D + A, 1, args.hidden_size, 0.01).to(device)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.learning_rate)
     value_optimizer = torch.optim.Adam(value.parameters(), lr=args.value_learning_rate)
-    trpo_flags = {
+    policy_flags = {
         "max_kl": args.max_kl, "cg_iterations": args.cg_iterations, "cg_damping": args.cg_damping,
         "fisher_states": args.fisher_states, "line_search_steps": args.line_search_steps,
     }  # fmt: skip
@@ -768,7 +774,7 @@ def main(args: Args) -> dict[str, float]:
                 expert_value = mlp(D, 1, args.hidden_size, 0.01).to(device)
                 trpo_expert(
                     envs, expert, expert_value, statistics, num_steps, args.expert_timesteps, first_seed + EXPERT_SEEDS,
-                    args.gamma, args.gae_lambda, args.value_learning_rate, trpo_flags, value_flags, generator,
+                    args.gamma, args.gae_lambda, args.value_learning_rate, policy_flags, value_flags, generator,
                 )
             else:
                 expert.net[-1].weight.data.zero_()
@@ -776,6 +782,7 @@ def main(args: Args) -> dict[str, float]:
             demo_envs = make_envs(args.env_id, max(args.num_demos, args.eval_episodes))
             seed = first_seed + DEMO_SEEDS
             batch = rollout(demo_envs, expert, statistics, episode_steps, seed, "sample", generator, True)
+            demo_envs.close()
             write_demos(run_dir / "demos.npz", batch, expert, spaces[1])
     if demos is None:
         demos = load_demos(str(run_dir / "demos.npz"), None, *spaces)
@@ -844,17 +851,22 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- discriminator: D_i to D_i+1, up E_pi[log D] + E_expert[log(1 - D)]
         policy_inputs = pair_features(obs, policy.unit(act), num_actions)  # (B, D + A)
+        logs: dict[str, Tensor | float] = {}
         for _ in range(args.discriminator_steps):
             logits = discriminator(torch.cat([policy_inputs, expert_inputs]))[:, 0]  # (B + n,)
-            loss, logs = discriminator_loss(*logits.split([len(obs), len(expert_inputs)]), args.discriminator_entropy)
+            loss, stats = discriminator_loss(*logits.split([len(obs), len(expert_inputs)]), args.discriminator_entropy)
+            stats["losses/gradient_penalty"] = torch.zeros(())
             if args.gradient_penalty:
                 penalty = logit_gradient_penalty(discriminator, policy_inputs, expert_inputs, generator)
                 loss = loss + args.gradient_penalty * penalty
+                stats["losses/gradient_penalty"] = penalty.detach()
             if not loss.isfinite():
                 bad_input(f"the discriminator's loss of step {step + 1} is not finite: is --learning-rate too large?")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            for name, x in stats.items():
+                logs[name] = logs.get(name, 0.0) + x / args.discriminator_steps
 
         # ---- reward: of the new D, and lambda times the causal entropy, which is thereby inside Q
         rewards = torch.zeros_like(batch["rew"])  # (S, N)
@@ -869,7 +881,7 @@ def main(args: Args) -> dict[str, float]:
         explained = 1 - (returns - values[:-1][mask]).var() / returns.var().clamp(min=1e-8)
 
         # ---- policy: one TRPO step, pi_i to pi_i+1
-        logs |= trpo_step(policy, obs, act, logprobs, advantages, generator=generator, **trpo_flags)
+        logs |= trpo_step(policy, obs, act, logprobs, advantages, generator=generator, **policy_flags)
 
         # ---- value: only now, so that no advantage has seen its own return
         targets = returns * (1 - args.gamma)
@@ -924,6 +936,8 @@ def main(args: Args) -> dict[str, float]:
     metrics = {name: None if x is None or not math.isfinite(x) else x for name, x in metrics.items()}  # JSON has no nan
     (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
     writer.close()
+    envs.close()
+    eval_envs.close()
     for name, x in (("random", random_return), ("BC", bc_return), ("GAIL", final_return), ("expert", expert_return)):
         print(f"{name:8} {x:10.1f}")
     print(run_dir)

@@ -402,6 +402,19 @@ def test_a_tiny_run_logs_saves_and_says_its_table(tiny, capsys):
     assert again["eval/expert_return"] == metrics["eval/expert_return"]
 
 
+def test_the_discriminators_logs_are_means_over_its_steps(tiny, monkeypatch):
+    losses, real = [], gail.discriminator_loss
+    monkeypatch.setattr(gail, "discriminator_loss", lambda *x: losses.append(real(*x)) or losses[-1])
+    args = tiny(constant_action=0, discriminator_steps=3, gradient_penalty=1.0, total_timesteps=1)
+    main(args)
+    logs = scalars(run_folder(args))
+    for tag in ("losses/discriminator_loss", "losses/discriminator_entropy", "train/expert_accuracy"):
+        values = [stats[tag].item() for _, stats in losses]
+        assert len(set(values)) == 3 or tag == "train/expert_accuracy"
+        assert logs[tag][0][1] == pytest.approx(sum(values) / 3, rel=1e-6)
+    assert logs["losses/gradient_penalty"][0][1] > 0
+
+
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch, capsys):
     expected = main(tiny(output_dir=str(tmp_path / "whole"), constant_action=0))
     broken = tiny(output_dir=str(tmp_path / "broken"), constant_action=0, save_steps=100)
