@@ -195,8 +195,9 @@ def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: 
 
 def load_demos(
     path: str, num_demos: int | None, observation_space: gymnasium.Space, action_space: gymnasium.Space
-) -> dict[str, Tensor | None]:
-    """Demonstrations padded to the longest: obs (N, T, ...), act (N, T, ...), mask (N, T), and rew (N, T) or None."""
+) -> tuple[dict[str, Tensor], float]:
+    """The first num_demos demonstrations (None: all), padded to the longest: obs (N, T, ...), act (N, T, ...) and mask
+    (N, T); and the mean return of all that the file has, where it has rew."""
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files}
@@ -233,13 +234,12 @@ def load_demos(
             data[key] = values.clip(space.low, space.high)
     if num_demos is not None and num_demos > len(lengths):
         bad_input(f"--num-demos {num_demos}, but {path} has {len(lengths)} episodes")
-    lengths = torch.from_numpy(lengths.astype(np.int64))
-    padded = {}
-    for key in ("obs", "act", "rew"):
-        episodes = torch.from_numpy(data[key]).split(lengths.tolist())[:num_demos] if key in data else None
-        padded[key] = None if episodes is None else nn.utils.rnn.pad_sequence(episodes, batch_first=True)  # (N, T, ...)
-    lengths = lengths[:num_demos]
-    return {**padded, "mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+    mean_return = float(data["rew"].sum(dtype=np.float64) / len(lengths)) if "rew" in data else math.nan
+    sizes = torch.from_numpy(lengths.astype(np.int64))
+    episodes = {key: torch.from_numpy(data[key]).split(sizes.tolist())[:num_demos] for key in ("obs", "act")}
+    padded = {key: nn.utils.rnn.pad_sequence(x, batch_first=True) for key, x in episodes.items()}  # (N, T, ...)
+    sizes = sizes[:num_demos, None]
+    return {**padded, "mask": torch.arange(int(sizes.max())) < sizes}, mean_return
 
 
 def subsample_demos(mask: Tensor, every: int, generator: torch.Generator) -> Tensor:
@@ -738,9 +738,8 @@ def main(args: Args) -> dict[str, float]:
         bad_input(f"--env-id {args.env_id} has no time limit: a rollout would not end")
     if args.constant_action is not None and not (num_actions and 0 <= args.constant_action < num_actions):
         bad_input(f"--constant-action {args.constant_action} is no action of {args.env_id}, which takes {spaces[1]}")
-    demos = load_demos(args.demos, None, *spaces) if args.demos is not None else None
-    if demos is not None and args.num_demos > len(demos["mask"]):
-        bad_input(f"--num-demos {args.num_demos}, but {args.demos} has {len(demos['mask'])} episodes")
+    if args.demos is not None:
+        demos, expert_return = load_demos(args.demos, args.num_demos, *spaces)
     num_steps = args.num_steps or episode_steps
     if N * num_steps < 2:
         bad_input("--num-envs 1 --num-steps 1: one advantage has no standard deviation")
@@ -768,7 +767,7 @@ def main(args: Args) -> dict[str, float]:
         uniform = rollout(eval_envs, policy, statistics, episode_steps, seed, "uniform", generator, True)
         uniform_obs = uniform["obs"][:-1][uniform["mask"]]  # (steps, D)
         statistics = observation_statistics(uniform_obs, uniform_obs)
-        if demos is None:
+        if args.demos is None:
             expert = Policy(D, spaces[1], args.hidden_size).to(device)
             if args.constant_action is None:
                 expert_value = mlp(D, 1, args.hidden_size, 0.01).to(device)
@@ -784,10 +783,8 @@ def main(args: Args) -> dict[str, float]:
             batch = rollout(demo_envs, expert, statistics, episode_steps, seed, "sample", generator, True)
             demo_envs.close()
             write_demos(run_dir / "demos.npz", batch, expert, spaces[1])
-    if demos is None:
-        demos = load_demos(str(run_dir / "demos.npz"), None, *spaces)
-    expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
-    demos = {name: x[: args.num_demos] for name, x in demos.items() if x is not None}
+    if args.demos is None:
+        demos, expert_return = load_demos(str(run_dir / "demos.npz"), args.num_demos, *spaces)
     kept = subsample_demos(demos["mask"], args.subsample, torch.Generator().manual_seed(args.seed))  # (N, T)
     expert_obs = demos["obs"][kept].to(device)  # (n, D)
     expert_actions = unit_actions(demos["act"][kept], spaces[1]).to(device)  # (n,) or (n, A)
