@@ -88,23 +88,26 @@ class Args:
     """Demonstrations: .npz with obs and act, concatenated over episodes, and lengths; rew where it is known.
     None: made here, by TRPO on the true reward."""
     num_demos: int = 1
-    """Episodes of them that are imitated, the first ones (paper: 1 to 10 in classic control, 4 to 25 in MuJoCo)."""
+    """Demonstrated episodes that are imitated, the first ones (paper: 1 to 10, in MuJoCo 4 to 25)."""
     subsample: int = 20
-    """Every such step of an episode is kept, from a random first one (paper: 20 in MuJoCo; code: 10 for CartPole)."""
+    """Keep one step of an episode in so many, from a random first one (paper: 20 in MuJoCo; code: 10 for CartPole)."""
     expert_timesteps: int = 100_000
     """Environment steps of TRPO on the true reward by which the demonstrator is made."""
     constant_action: int | None = None
-    """The demonstrator always takes this action, whatever comes of it. 0 on CartPole, pushing left, is the control for
-    survival bias: its episodes last 9 steps, and an imitator that lasts longer has learned from the reward's sign."""
+    """The demonstrator always takes this action, whatever comes of it.
+    0 on CartPole, pushing left, is the control for survival bias: its episodes last 9 steps.
+    An imitator that lasts longer has learned from the reward's sign."""
     total_timesteps: int = 100_000
     """Environment steps of GAIL."""
     num_envs: int = 6
     """N: environments that step together."""
     num_steps: int | None = None
-    """S: steps of each of them in an iteration, which starts from resets; the last trajectory is cut off there. None:
-    the time limit, so that the first is whole. (Code: at least 5,000 steps in classic control, 50,000 in MuJoCo.)"""
+    """S: steps of each environment in an iteration, which starts from resets; the last trajectory is cut off there.
+    A value below the time limit never shows the policy later states.
+    None: the time limit, so that the first is whole. (Code: at least 5,000 steps in all, in MuJoCo 50,000.)"""
     reward_form: Literal["positive", "negative", "airl"] = "positive"
-    """The policy's reward. positive: -log D >= 0, the paper's, by which it pays to stay alive, whomever it imitates.
+    """The policy's reward, of the probability D of "policy".
+    positive: -log D >= 0, the paper's, by which it pays to stay alive, whomever it imitates.
     negative: log(1 - D) <= 0, by which it pays to end, for tasks that end on success (code: favor_zero_expert_reward).
     airl: log(1 - D) - log D, of either sign (Fu et al. 2018, arXiv:1710.11248)."""
     hidden_size: int = 100
@@ -120,43 +123,44 @@ class Args:
     cg_damping: float = 0.1
     """Multiple of the identity that is added to the Fisher matrix (code)."""
     fisher_states: int = 1000
-    """States on which the Fisher matrix is estimated, at most: a random part of more (code: a tenth of all; TRPO,
-    appendix C). With a few hundred the step is often too long, and halved."""
+    """States on which the Fisher matrix is estimated, at most, a random part (code: a tenth of all; TRPO, appendix C).
+    With a few hundred the step is often too long, and halved."""
     line_search_steps: int = 10
     """Halvings of a step after which the old policy is kept (code)."""
     ent_coef: float = 0.0
-    """lambda of the causal entropy: -lambda log pi is added to the reward of each step (paper: 0 but for Reacher). With
-    Box actions, which are clipped, a large one lets the variance grow for ever."""
+    """lambda of the causal entropy: -lambda log pi is added to the reward of each step (paper: 0 but for Reacher).
+    With Box actions, which are clipped, a large one lets the variance grow for ever."""
     learning_rate: float = 0.005
     """Learning rate of the discriminator (Adam; code: 0.01)."""
     discriminator_steps: int = 1
-    """Gradient steps of the discriminator in an iteration, each on all pairs (paper; code: on as many of the expert's,
-    drawn anew, as of the policy's)."""
+    """Gradient steps of the discriminator in an iteration, each on all pairs (paper).
+    (Code: on as many of the expert's, drawn anew, as of the policy's.)"""
     discriminator_entropy: float = 0.001
     """Coefficient of D's entropy, which keeps it from certainty (code: reward_ent_reg_weight)."""
     gradient_penalty: float = 0.0
-    """Coefficient of (|gradient of the logit| - 1)^2 between pairs of both kinds (arXiv:1704.00028; for imitation, 10,
-    arXiv:1809.02925). Where the two are easily told apart, as in MuJoCo, D is otherwise soon certain, and flat."""
+    """Coefficient of (|gradient of the logit| - 1)^2 between pairs of both kinds (arXiv:1704.00028).
+    For imitation: 10 (arXiv:1809.02925).
+    Where the two are easily told apart, as in MuJoCo, D is otherwise soon certain, and flat."""
     value_learning_rate: float = 1e-3
     """Learning rate of the value network (Adam)."""
     value_epochs: int = 5
-    """Passes over the iteration's steps by which it is fitted."""
+    """Passes over the iteration's steps by which the value network is fitted."""
     value_batch_size: int = 256
-    """Steps in one gradient step of it."""
+    """Steps in one gradient step of the value network."""
     bc_epochs: int = 1000
-    """Passes of behaviour cloning over 70% of the demonstrated pairs; the one with the best likelihood of the other 30%
-    is kept (paper: until that no longer rises)."""
+    """Passes of behaviour cloning over 70% of the demonstrated pairs (paper: until the others' likelihood falls).
+    The one with the best likelihood of the other 30% is kept."""
     bc_batch_size: int = 128
-    """Pairs in one gradient step of it (paper)."""
+    """Pairs in one gradient step of behaviour cloning (paper)."""
     bc_learning_rate: float = 1e-3
-    """Its learning rate (Adam; code)."""
+    """Learning rate of behaviour cloning (Adam; code)."""
     bc_warm_start: bool = False
-    """Start the policy from the clone."""
+    """Start GAIL's policy from the clone."""
     eval_steps: int = 1
     """Iterations from one evaluation to the next; there is always one after the last."""
     eval_episodes: int = 50
-    """Episodes of an evaluation, without sampling of actions (paper: 50). The expert's return is that of all its
-    episodes, which may have been sampled."""
+    """Episodes of an evaluation, without sampling of actions (paper: 50).
+    The expert's return is that of all its episodes, which may have been sampled."""
 
 
 def bad_input(message: str) -> NoReturn:

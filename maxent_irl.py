@@ -86,8 +86,8 @@ class Args:
 
     # ---- maximum-entropy inverse RL
     env_id: str | None = None
-    """Gymnasium environment: discrete with a transition table env.unwrapped.P, or with Box observations.
-    None: the lecture's grid."""
+    """Gymnasium environment: discrete with a transition table env.unwrapped.P, or with Box observations (control).
+    None: the lecture's grid, a table."""
     env_kwargs: str = "{}"
     """Its keyword arguments, as JSON ('{"is_slippery": false}'); of the lecture's grid: slip."""
     map_size: int | None = None
@@ -97,40 +97,40 @@ class Args:
     None: both where there is a table, else sampled."""
     demos: str | None = None
     """Demonstrations: .npz with obs and act, concatenated over episodes, and lengths; rew where it is known.
-    None: made here, by the soft-optimal policy (table) or a policy trained on the true reward (control)."""
+    None: made here, by the soft-optimal policy (tables) or a policy trained on the true reward (control)."""
     num_demos: int | None = None
-    """Episodes of them. None: a file's all; made here, 10 in control, and with a table the expert's exact visits, as if
-    there were infinitely many."""
+    """Demonstrated episodes that are imitated, the first ones. None: all of a file's.
+    Of those made here, None is 10 in control, and with a table the expert's exact visits, as if of infinitely many."""
     reward_scale: float = 1.0
-    """Times the true reward, for the demonstrator only: its temperature is 1, so it is hardly better than chance for
-    small rewards. A large one (1000) makes it optimal."""
+    """Times the true reward, for the demonstrator only.
+    Its temperature is 1, so it is hardly better than chance for small rewards. A large one (1000) makes it optimal."""
     expert_steps: int = 150
-    """Policy updates on the true reward by which the demonstrator is made in control."""
+    """Control: policy updates on the true reward by which the demonstrator is made."""
     reward_model: Literal["linear", "neural"] | None = None
     """A weight for each feature (of a table: for each entry), or two hidden layers (of a table: one).
     None: linear with a table, neural in control."""
     reward_inputs: Literal["state_action", "state", "next_state"] | None = None
-    """What the reward sees. next_state (tables only): the state that is reached, in expectation over the dynamics, the
-    choice for --transfer. None: next_state with a table, state_action in control."""
+    """What the reward sees. None: next_state with a table, state_action in control.
+    next_state (tables only): the state that is reached, in expectation over the dynamics, the choice for --transfer."""
     hidden_size: int = 64
     """Units of each hidden layer of reward, policy and value network."""
     gamma: float | None = None
-    """Discount of soft values, visits and demonstrations alike. None: 1 with a table; 0.99 in control, where it is the
-    actor-critic's only and visits are not discounted."""
+    """Discount of soft values, visits and demonstrations alike.
+    None: 1 with a table; 0.99 in control, where it is the actor-critic's only and visits are not discounted."""
     horizon: int | None = None
     """H: steps of an episode. None: the environment's time limit, 10 for the lecture's grid."""
     transfer: str | None = None
-    """Other --env-kwargs, as JSON, under which the learned reward is evaluated too: another slip or map (tables)."""
+    """Tables: other --env-kwargs, as JSON, under which the learned reward is evaluated too: another slip or map."""
     exact_tolerance: float = 1e-4
-    """The exact estimator ends when no reward entry's gradient, a difference of visits, is larger ..."""
+    """Tables: the exact estimator ends when no reward entry's gradient, a difference of visits, is larger."""
     exact_steps: int = 50
-    """... or after so many times 20 iterations of L-BFGS."""
+    """Tables: the exact estimator ends after so many times 20 iterations of L-BFGS at the latest."""
     max_steps: int = 300
     """Iterations of the sampled estimator: trajectories, one step of the reward, one of the policy."""
     eval_steps: int = 100
     """Steps from one evaluation to the next; there is always one after training."""
     eval_episodes: int = 50
-    """Episodes that a return is the mean of, in control (with a table, it is computed)."""
+    """Control: episodes that a return is the mean of (with a table, it is computed)."""
     num_trajectories: int | None = None
     """N: trajectories an iteration. None: 512 with a table, 16 in control."""
     learning_rate: float | None = None
@@ -140,29 +140,29 @@ class Args:
     min_lr_rate: float = 0.1
     """Share of the peak learning rates that the decay reaches exactly at the last step."""
     reward_l2: float | None = None
-    """Coefficient of the sum of squared rewards in the reward's loss: of the table's entries, or of an episode's steps.
-    None: 0 with a table, 0.01 in control."""
+    """Coefficient of the sum of squared rewards in the reward's loss. None: 0 with a table, 0.01 in control.
+    The rewards are the table's entries, or those of an episode's steps."""
     fusion_iterations: int = 1
-    """Samples of so many iterations are weighted together; the density under the weights is the mixture of their
-    policies (Finn et al. 2016)."""
+    """Samples of so many iterations are weighted together (Finn et al. 2016).
+    The density under the weights is the mixture of their policies."""
     segment_length: int | None = None
-    """Control: weights are of segments of so many steps; 0: of whole episodes, the formula above. None: 10 in control.
-    The critic says what comes before a segment and after it, as in path consistency learning (arXiv:1702.08892), so
-    that weights are even for the soft-optimal policy. The shorter, the more the policy is trusted to be that."""
+    """Control: weights are of segments of so many steps; 0: of whole episodes, the formula above. None: 10.
+    The critic says what comes before a segment and after it, as in path consistency learning (arXiv:1702.08892).
+    So weights are even for the soft-optimal policy. The shorter, the more the policy is trusted to be that."""
     soft_q_rate: float = 0.5
-    """Step size of soft Q-learning (tables)."""
+    """Tables: step size of soft Q-learning."""
     policy_learning_rate: float = 1e-3
-    """Peak learning rate of actor and critic (Adam, eps 1e-5; control)."""
+    """Control: peak learning rate of actor and critic (Adam, eps 1e-5)."""
     gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimator (control; arXiv:1506.02438)."""
+    """Control: lambda of the generalised advantage estimator (arXiv:1506.02438)."""
     update_epochs: int = 5
-    """Passes over the trajectories in one policy step (control; PPO, arXiv:1707.06347)."""
+    """Control: passes over the trajectories in one policy step (PPO, arXiv:1707.06347)."""
     minibatch_size: int = 512
-    """Steps in one gradient step of the policy (control)."""
+    """Control: steps in one gradient step of the policy."""
     epsilon: float = 0.2
-    """The policy's ratio is clipped to 1 +- epsilon (control; PPO)."""
+    """Control: the policy's ratio is clipped to 1 +- epsilon (PPO)."""
     max_grad_norm: float = 0.5
-    """Policy gradients with a larger global norm are scaled down to it (control)."""
+    """Control: policy gradients with a larger global norm are scaled down to it."""
 
 
 def bad_input(message: str) -> NoReturn:
@@ -1069,10 +1069,10 @@ def fit_exact(
 
 
 def main_table(
-    args: Args, table: dict, other: dict | None, horizon: int, device: torch.device, state: dict | None,
-    start_time: float,
+    args: Args, table: dict, other: dict | None, horizon: int, state: dict | None, start_time: float
 ) -> dict[str, float]:
-    """With a table: dynamic programming, and Guided Cost Learning with soft Q-learning for the policy."""
+    """With a table: dynamic programming, and Guided Cost Learning with soft Q-learning for the policy. What stands in
+    policy.safetensors are the soft-optimal policies (H, S, A) of the learned rewards, not the sampler's."""
     # ---- set-up
     S, A = table["reward"].shape
     gamma, N = args.gamma or 1.0, args.num_trajectories or 512
@@ -1091,7 +1091,8 @@ def main_table(
     for name in estimators:
         torch.manual_seed(args.seed)
         modules[name] = TableReward(model, seen, args.hidden_size)
-    run_dir, writer = open_run(args, args.env_id or "lecture", 0 if state is None else state["step"], device)
+    cpu, task = torch.device("cpu"), args.env_id or "lecture"
+    run_dir, writer = open_run(args, task, 0 if state is None else state["step"], cpu)
 
     # ---- exact: the causal model
     if "exact" in estimators and state is None:
@@ -1229,9 +1230,8 @@ def main_table(
                 visits = occupancy(policies[name], other["transition"], other["initial"], gamma)
                 results["old_policy_return"] = (visits * other["reward"]).sum().item()
                 metrics |= {f"transfer/{name}/{key}": value for key, value in results.items()}
-                print(f"{name}, under {args.transfer}: the old policy returns {results['old_policy_return']:.4g}, the "
-                      f"learned reward's soft-optimal one {results['return']:.4g}, its optimal one "
-                      f"{results['optimal_return']:.4g}, the best possible {results['best_return']:.4g}")
+                shown = ("old_policy_return", "return", "optimal_return", "best_return")
+                print(f"{name}, under {args.transfer}:", ", ".join(f"{key} {results[key]:.4g}" for key in shown))
             panels = {
                 "true reward": table["cell_reward"],
                 f"learned reward ({name})": entries[:, 0] if inputs == "next_state" else learned.mean(1),
@@ -1251,7 +1251,7 @@ def main_table(
 def main_control(
     args: Args, env_kwargs: dict, horizon: int, device: torch.device, state: dict | None, start_time: float
 ) -> dict[str, float]:
-    """Without a table: Guided Cost Learning with an actor-critic for the policy."""
+    """Without a table: Guided Cost Learning with an actor-critic for the policy, saved as it is at the end."""
     # ---- set-up
     gamma, N = args.gamma or 0.99, args.num_trajectories or 16
     inputs, peak_lr = args.reward_inputs or "state_action", args.learning_rate or 1e-3
@@ -1474,7 +1474,7 @@ def main(args: Args) -> dict[str, float]:
         if other["reward"].shape != table["reward"].shape:
             shapes = tuple(other["reward"].shape), tuple(table["reward"].shape)
             bad_input(f"--transfer {args.transfer} has (states, actions) {shapes[0]}, not {shapes[1]}")
-    return main_table(args, table, other, horizon, torch.device("cpu"), state, start_time)
+    return main_table(args, table, other, horizon, state, start_time)
 
 
 if __name__ == "__main__":
