@@ -32,8 +32,10 @@ and another max-ent RL step: soft Q-learning on tables, an actor-critic with cli
     python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9   # makes its expert first
     python maxent_irl.py --resume runs/<run folder>             # goes on exactly where the last checkpoint stood
 
-Shapes: S states, A actions, H horizon; N trajectories (or segments of them), T steps of them, F features of a step,
-K successors. `mask` (N, T) is True where a step was taken. `policy[t]` (S, A) is that of step t.
+Shapes with a table: S states, A actions, K successors, H horizon, N trajectories; `policy[t]` (S, A) is that of step t.
+In control, as in gail.py: S steps of N environments; B = the steps of them that are data, flattened; D numbers of an
+observation; A actions, or numbers of one; F features of a step; n demonstrated pairs, or segments. `mask`, (N, H) or
+(S, N), is True where a step was taken.
 
 Deliberately not here: images, several processes, off-policy RL in control, demonstrations in the set of samples (their
 density under the demonstrator is unknown), features that depend on the whole trajectory. See
@@ -257,6 +259,7 @@ def load_table(env_id: str | None, env_kwargs: dict) -> tuple[dict | None, int |
     env = getattr(envs, "envs", [envs])[0]  # its own vectorised code has no single ones, nor a table
     limit, inner = env.spec.max_episode_steps, env.unwrapped
     if not (hasattr(inner, "P") and isinstance(env.observation_space, Discrete)):
+        envs.close()
         return None, limit
     S = int(env.observation_space.n)
     initial = getattr(inner, "initial_state_distrib", None)
@@ -963,10 +966,9 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
                "minibatch_size", "epsilon", "max_grad_norm", "expert_steps"],
         ["seed", "min_lr_rate", "gae_lambda", "reward_l2", "segment_length"],
     )  # fmt: skip
-    if args.seed >= 2**33:  # seeds of episodes count from --seed * 10**9, and must fit 63 bits
-        bad_input(f"--seed {args.seed} must be below 2**33")
-    if args.minibatch_size < 2:  # one advantage has no standard deviation
-        bad_input(f"--minibatch-size {args.minibatch_size} at least 2")
+    # Seeds of episodes count from --seed * 10**9, and must fit 63 bits; one advantage has no standard deviation
+    if args.seed >= 2**33 or args.minibatch_size < 2:
+        bad_input(f"--seed {args.seed} must be below 2**33, and --minibatch-size {args.minibatch_size} at least 2")
     if args.gamma is not None and not 0 < args.gamma <= 1:
         bad_input(f"--gamma must be in (0, 1], not {args.gamma}")
     if args.gae_lambda > 1 or args.soft_q_rate > 1:
@@ -1147,7 +1149,6 @@ def main_table(
         # ---- rollout
         step_start = time.time()
         batch = sample_table(q.softmax(2), next_states, next_logprobs, table["initial"], N, generator)  # (N, H) each
-        env_steps += int(batch["mask"].sum())
         stored = [*stored, (q, batch)][-args.fusion_iterations :]
 
         # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016)
@@ -1183,25 +1184,26 @@ def main_table(
             q = soft_q_step(q, learned, replay, gamma, args.soft_q_rate)
 
         # ---- log
-        true_return = (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum().item() / N
+        done, env_steps = step + 1, env_steps + len(states)
+        episodic_return = (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum().item() / N
         size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to M
         logs |= {
             "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_reward.item(),
             "train/policy_reward": returns.mean().item(), "train/effective_sample_size": size,
             "train/effective_sample_share": size / len(weights),
-            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(), "charts/episodic_return": true_return,
-            "charts/episodic_length": batch["mask"].sum().item() / N, "charts/env_steps": env_steps,
-            "charts/learning_rate": lr, "charts/SPS": batch["mask"].sum().item() / (time.time() - step_start),
+            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(),
+            "charts/episodic_return": episodic_return, "charts/episodic_length": len(states) / N,
+            "charts/env_steps": env_steps, "charts/learning_rate": lr,
+            "charts/SPS": len(states) / (time.time() - step_start),
         }  # fmt: skip
-        for name, value in logs.items():
-            writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"return {true_return:.2f}, effective samples {size:.1f}")
+        for name, x in logs.items():
+            writer.add_scalar(name, x, done)
+        bar.set_postfix_str(f"return {episodic_return:.2f}, effective samples {size:.1f}")
 
         # ---- evaluate, save
-        done = step + 1
         if done % args.eval_steps == 0 and done < max_steps:
-            for name, value in evaluate_table(learned, table, expert_visits, gamma, horizon).items():
-                writer.add_scalar(f"eval/{name}", value, done)
+            for name, x in evaluate_table(learned, table, expert_visits, gamma, horizon).items():
+                writer.add_scalar(f"eval/{name}", x, done)
         interrupted = bool(interrupts)
         if done % args.save_steps == 0 or done == max_steps or interrupted:
             save()
@@ -1366,8 +1368,8 @@ def main_control(
         samples = {key: nn.utils.rnn.pad_sequence([x[key] for _, x in stored]).flatten(1, 2) for key in batch}
         obs, act, real = samples["obs"], samples["act"], samples["mask"]  # (T+1, M, D), (T, M, ...): M = policies x N
         T, M = real.shape
-        inputs_of_reward = features(obs[:-1], policy.unit(act))  # (T, M, F)
-        rewards = reward(inputs_of_reward)[..., 0]  # (T, M)
+        all_features = features(obs[:-1], policy.unit(act))  # (T, M, F)
+        rewards = reward(all_features)[..., 0]  # (T, M)
         with torch.no_grad():
             values = policy.critic(obs)[..., 0]  # (T+1, M)
             scores, discount = rewards.detach(), 1.0
@@ -1394,7 +1396,7 @@ def main_control(
 
         # ---- advantage: of the new r - log pi, on this iteration's trajectories, which are the last ones
         with torch.no_grad():
-            rewards = reward(inputs_of_reward[:S, -N:])[..., 0] - batch["logprobs"]  # (S, N)
+            rewards = reward(all_features[:S, -N:])[..., 0] - batch["logprobs"]  # (S, N)
         values = values[: S + 1, -N:]  # (S+1, N)
         advantages, targets = gae_episodic(rewards, values[:-1], values[1:], *ends, gamma, args.gae_lambda)  # (S, N)
         advantages, targets = advantages[mask], targets[mask]  # (B,)

@@ -659,6 +659,32 @@ def test_the_experts_return_is_that_of_all_its_episodes_and_resuming_plays_no_un
     assert [mode for mode, _ in played] == ["sample", "greedy"]  # the last evaluation
 
 
+def test_the_policy_learns_from_the_new_reward_minus_log_pi(tiny, monkeypatch):
+    """Weights are of whole episodes here, by the log-probabilities that were stored; the last steps bootstrap from the
+    last observation, before any reset."""
+    calls = {name: [] for name in ("rollout", "importance_weights", "reward_step", "gae_episodic")}
+
+    def note(name):
+        real = getattr(maxent_irl, name)
+        monkeypatch.setattr(
+            maxent_irl, name, lambda *x, **flags: calls[name].append((x, real(*x, **flags))) or calls[name][-1][1]
+        )
+
+    for name in calls:
+        note(name)
+    args = tiny(**CARTPOLE, max_steps=1, segment_length=0)
+    main(args)
+    (batch,) = (batch for arguments, batch in calls["rollout"] if arguments[4] == 10**9)  # obs: now normalised
+    mask, ((reward, *_), _) = batch["mask"], calls["reward_step"][0]
+    features = maxent_irl.pair_features(batch["obs"][:-1], batch["act"], 2)
+    rewards, values, next_values, terminated, truncated, *_ = calls["gae_episodic"][-1][0]
+    assert torch.allclose(rewards[mask], (reward(features)[..., 0] - batch["logprobs"])[mask], atol=1e-6)
+    assert torch.equal(values[1:], next_values[:-1]) and values.shape == mask.shape
+    assert torch.equal(terminated, batch["terminated"]) and torch.equal(truncated, batch["truncated"])
+    logprobs = calls["importance_weights"][0][0][1]
+    assert torch.allclose(logprobs, torch.where(mask, batch["logprobs"], 0.0).sum(0), atol=1e-5)
+
+
 def test_a_reward_on_cartpole_is_learned(shared, tiny):
     """From 10 demonstrations, in few steps: far better than chance. (Longer runs reach the expert: README.)"""
     args = tiny(
