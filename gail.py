@@ -12,10 +12,10 @@ the demonstrator's actions fails where its own errors take it; GAIL sees those s
 
     max_pi min_D  - E_pi[log D(s,a)] - E_expert[log(1 - D(s,a))] + lambda H(pi),   D = probability of "policy"
 
-This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) to the letter. An iteration samples trajectories from
-resets; steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477)
-on the cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline. From the authors'
-code comes one more term, a little entropy for D.
+This is Algorithm 1 of Ho and Ermon 2016 (arXiv:1606.03476) in its order. An iteration samples trajectories from resets;
+steps D up E_pi[log D] + E_expert[log(1 - D)]; then takes one TRPO step (Schulman et al. 2015, arXiv:1502.05477) on the
+cost log D of the *new* D, with lambda times the causal entropy; last, it fits the baseline. What the algorithm leaves
+open is from the authors' code (advantages by GAE, a little entropy for D) or a flag that says its source.
 
     python gail.py                                              # laptop: CartPole, makes its expert first
     python gail.py --demos CartPole-v1.npz --num-demos 10       # from a file
@@ -38,6 +38,7 @@ Deliberately not here: images, recurrent policies, replay buffers (off-policy), 
 place of TRPO, rewards of transitions (AIRL's shaping). See HumanCompatibleAI/imitation.
 """
 
+import importlib
 import json
 import math
 import os
@@ -51,7 +52,6 @@ from typing import Callable, Literal, NoReturn
 import gymnasium
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from gymnasium.spaces import Box, Discrete
@@ -88,23 +88,26 @@ class Args:
     """Demonstrations: .npz with obs and act, concatenated over episodes, and lengths; rew where it is known.
     None: made here, by TRPO on the true reward."""
     num_demos: int = 1
-    """Episodes of them that are imitated, the first ones (paper: 1 to 10 in classic control, 4 to 25 in MuJoCo)."""
+    """Demonstrated episodes that are imitated, the first ones (paper: 1 to 10, in MuJoCo 4 to 25)."""
     subsample: int = 20
-    """Every such step of an episode is kept, from a random first one (paper: 20 in MuJoCo; code: 10 for CartPole)."""
+    """Keep one step of an episode in so many, from a random first one (paper: 20 in MuJoCo; code: 10 for CartPole)."""
     expert_timesteps: int = 100_000
     """Environment steps of TRPO on the true reward by which the demonstrator is made."""
     constant_action: int | None = None
-    """The demonstrator always takes this action, whatever comes of it. 0 on CartPole, pushing left, is the control for
-    survival bias: its episodes last 9 steps, and an imitator that lasts longer has learned from the reward's sign."""
+    """The demonstrator always takes this action, whatever comes of it.
+    0 on CartPole, pushing left, is the control for survival bias: its episodes last 9 steps.
+    An imitator that lasts longer has learned from the reward's sign."""
     total_timesteps: int = 100_000
     """Environment steps of GAIL."""
     num_envs: int = 6
     """N: environments that step together."""
     num_steps: int | None = None
-    """S: steps of each of them in an iteration, which starts from resets; the last trajectory is cut off there. None:
-    the time limit, so that the first is whole. (Code: at least 5,000 steps in classic control, 50,000 in MuJoCo.)"""
+    """S: steps of each environment in an iteration, which starts from resets; the last trajectory is cut off there.
+    A value below the time limit never shows the policy later states.
+    None: the time limit, so that the first is whole. (Code: at least 5,000 steps in all, in MuJoCo 50,000.)"""
     reward_form: Literal["positive", "negative", "airl"] = "positive"
-    """The policy's reward. positive: -log D >= 0, the paper's, by which it pays to stay alive, whomever it imitates.
+    """The policy's reward, of the probability D of "policy".
+    positive: -log D >= 0, the paper's, by which it pays to stay alive, whomever it imitates.
     negative: log(1 - D) <= 0, by which it pays to end, for tasks that end on success (code: favor_zero_expert_reward).
     airl: log(1 - D) - log D, of either sign (Fu et al. 2018, arXiv:1710.11248)."""
     hidden_size: int = 100
@@ -120,43 +123,44 @@ class Args:
     cg_damping: float = 0.1
     """Multiple of the identity that is added to the Fisher matrix (code)."""
     fisher_states: int = 1000
-    """States on which the Fisher matrix is estimated, at most: a random part of more (code: a tenth of all; TRPO,
-    appendix C). With a few hundred the step is often too long, and halved."""
+    """States on which the Fisher matrix is estimated, at most, a random part (code: a tenth of all; TRPO, appendix C).
+    With a few hundred the step is often too long, and halved."""
     line_search_steps: int = 10
     """Halvings of a step after which the old policy is kept (code)."""
     ent_coef: float = 0.0
-    """lambda of the causal entropy: -lambda log pi is added to the reward of each step (paper: 0 but for Reacher). With
-    Box actions, which are clipped, a large one lets the variance grow for ever."""
+    """lambda of the causal entropy: -lambda log pi is added to the reward of each step (paper: 0 but for Reacher).
+    With Box actions, which are clipped, a large one lets the variance grow for ever."""
     learning_rate: float = 0.005
     """Learning rate of the discriminator (Adam; code: 0.01)."""
     discriminator_steps: int = 1
-    """Gradient steps of the discriminator in an iteration, each on all pairs (paper; code: on as many of the expert's,
-    drawn anew, as of the policy's)."""
+    """Gradient steps of the discriminator in an iteration, each on all pairs (paper).
+    (Code: on as many of the expert's, drawn anew, as of the policy's.)"""
     discriminator_entropy: float = 0.001
     """Coefficient of D's entropy, which keeps it from certainty (code: reward_ent_reg_weight)."""
     gradient_penalty: float = 0.0
-    """Coefficient of (|gradient of the logit| - 1)^2 between pairs of both kinds (arXiv:1704.00028; for imitation, 10,
-    arXiv:1809.02925). Where the two are easily told apart, as in MuJoCo, D is otherwise soon certain, and flat."""
+    """Coefficient of (|gradient of the logit| - 1)^2 between pairs of both kinds (arXiv:1704.00028).
+    For imitation: 10 (arXiv:1809.02925).
+    Where the two are easily told apart, as in MuJoCo, D is otherwise soon certain, and flat."""
     value_learning_rate: float = 1e-3
     """Learning rate of the value network (Adam)."""
     value_epochs: int = 5
-    """Passes over the iteration's steps by which it is fitted."""
+    """Passes over the iteration's steps by which the value network is fitted."""
     value_batch_size: int = 256
-    """Steps in one gradient step of it."""
+    """Steps in one gradient step of the value network."""
     bc_epochs: int = 1000
-    """Passes of behaviour cloning over 70% of the demonstrated pairs; the one with the best likelihood of the other 30%
-    is kept (paper: until that no longer rises)."""
+    """Passes of behaviour cloning over 70% of the demonstrated pairs (paper: until the others' likelihood falls).
+    The one with the best likelihood of the other 30% is kept."""
     bc_batch_size: int = 128
-    """Pairs in one gradient step of it (paper)."""
+    """Pairs in one gradient step of behaviour cloning (paper)."""
     bc_learning_rate: float = 1e-3
-    """Its learning rate (Adam; code)."""
+    """Learning rate of behaviour cloning (Adam; code)."""
     bc_warm_start: bool = False
-    """Start the policy from the clone."""
+    """Start GAIL's policy from the clone."""
     eval_steps: int = 1
     """Iterations from one evaluation to the next; there is always one after the last."""
     eval_episodes: int = 50
-    """Episodes of an evaluation, without sampling of actions (paper: 50). The expert's return is that of all its
-    episodes, which may have been sampled."""
+    """Episodes of an evaluation, without sampling of actions (paper: 50).
+    The expert's return is that of all its episodes, which may have been sampled."""
 
 
 def bad_input(message: str) -> NoReturn:
@@ -168,12 +172,15 @@ def bad_input(message: str) -> NoReturn:
 # ---- environments and demonstrations ---------------------------------------------------------------------------------
 
 
-def make_envs(env_id: str, num_envs: int) -> gymnasium.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, /, **env_kwargs) -> gymnasium.vector.VectorEnv:
     """Environments that step together, by their own vectorised code where they have any."""
+    module, _, name = env_id.rpartition(":")  # the module registers the environment
     try:
-        own = gymnasium.spec(env_id).vector_entry_point is not None
-        # Gymnasium's checker would test every step
-        envs = gymnasium.make_vec(env_id, num_envs, **({} if own else {"disable_env_checker": True}))
+        if module:
+            importlib.import_module(module)
+        if gymnasium.spec(name).vector_entry_point is None:
+            env_kwargs["disable_env_checker"] = True  # it would test every step
+        envs = gymnasium.make_vec(env_id, num_envs, **env_kwargs)
     except Exception as error:  # of whatever kind the environment's own code raises; it names what to install
         bad_input(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
     if envs.metadata.get("autoreset_mode") != gymnasium.vector.AutoresetMode.NEXT_STEP:
@@ -195,8 +202,9 @@ def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: 
 
 def load_demos(
     path: str, num_demos: int | None, observation_space: gymnasium.Space, action_space: gymnasium.Space
-) -> dict[str, Tensor | None]:
-    """Demonstrations padded to the longest: obs (N, T, ...), act (N, T, ...), mask (N, T), and rew (N, T) or None."""
+) -> tuple[dict[str, Tensor], float]:
+    """The first num_demos demonstrations (None: all), padded to the longest: obs (N, T, ...), act (N, T, ...) and mask
+    (N, T); and the mean return of all that the file has, where it has rew."""
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files}
@@ -233,13 +241,12 @@ def load_demos(
             data[key] = values.clip(space.low, space.high)
     if num_demos is not None and num_demos > len(lengths):
         bad_input(f"--num-demos {num_demos}, but {path} has {len(lengths)} episodes")
-    lengths = torch.from_numpy(lengths.astype(np.int64))
-    padded = {}
-    for key in ("obs", "act", "rew"):
-        episodes = torch.from_numpy(data[key]).split(lengths.tolist())[:num_demos] if key in data else None
-        padded[key] = None if episodes is None else nn.utils.rnn.pad_sequence(episodes, batch_first=True)  # (N, T, ...)
-    lengths = lengths[:num_demos]
-    return {**padded, "mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+    mean_return = float(data["rew"].sum(dtype=np.float64) / len(lengths)) if "rew" in data else math.nan
+    sizes = torch.from_numpy(lengths.astype(np.int64))
+    episodes = {key: torch.from_numpy(data[key]).split(sizes.tolist())[:num_demos] for key in ("obs", "act")}
+    padded = {key: nn.utils.rnn.pad_sequence(x, batch_first=True) for key, x in episodes.items()}  # (N, T, ...)
+    sizes = sizes[:num_demos, None]
+    return {**padded, "mask": torch.arange(int(sizes.max())) < sizes}, mean_return
 
 
 def subsample_demos(mask: Tensor, every: int, generator: torch.Generator) -> Tensor:
@@ -277,37 +284,28 @@ class Policy(nn.Module):
         outputs = self.net(obs)  # (..., A)
         return outputs if self.discrete else torch.cat([outputs, self.log_std.expand_as(outputs)], -1)  # (..., 2A)
 
+    def select(self, outputs: Tensor, mode: str, generator: torch.Generator) -> Tensor:
+        """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or unclipped."""
+        if self.discrete:
+            if mode == "greedy":
+                return outputs.argmax(-1)
+            weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
+            return torch.multinomial(weights, 1, generator=generator)[:, 0]
+        mean, log_std = outputs.chunk(2, -1)
+        if mode == "uniform":
+            return 2 * torch.rand(mean.shape, generator=generator) - 1
+        return mean + log_std.exp() * torch.randn(mean.shape, generator=generator) if mode == "sample" else mean
 
-def policy_logprobs(outputs: Tensor, actions: Tensor, discrete: bool) -> Tensor:
-    """log pi(a|s) (...) of indices (...), or of actions (..., A) before they are clipped to the Box: what becomes of an
-    action is the environment's."""
-    if discrete:
-        return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-    mean, log_std = outputs.chunk(2, -1)
-    return (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    def unit(self, actions: Tensor) -> Tensor:
+        """What the environment makes of selected actions: indices stay, others are clipped to [-1, 1]."""
+        return actions if self.discrete else actions.clamp(-1, 1)
 
-
-def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
-    """KL(old || new) (...) of the distributions with these outputs."""
-    if discrete:
-        old, new = old.log_softmax(-1), new.log_softmax(-1)
-        return (old.exp() * (old - new)).sum(-1)
-    (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
-    square = (old_log_std.exp().square() + (old_mean - mean).square()) / (2 * log_std.exp().square())
-    return (log_std - old_log_std + square - 0.5).sum(-1)
-
-
-def select_actions(outputs: Tensor, discrete: bool, mode: str, generator: torch.Generator) -> Tensor:
-    """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or unclipped."""
-    if discrete:
-        if mode == "greedy":
-            return outputs.argmax(-1)
-        weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
-        return torch.multinomial(weights, 1, generator=generator)[:, 0]
-    mean, log_std = outputs.chunk(2, -1)
-    if mode == "uniform":
-        return 2 * torch.rand(mean.shape, generator=generator) - 1
-    return mean + log_std.exp() * torch.randn(mean.shape, generator=generator) if mode == "sample" else mean
+    def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a|s) (...) of indices (...), or of actions (..., A) before they are clipped."""
+        if self.discrete:
+            return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        mean, log_std = outputs.chunk(2, -1)
+        return (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 OBSERVATION_RANGE = 10.0  # of normalised observations, as in OpenAI's baselines
@@ -325,10 +323,10 @@ def observation_statistics(expert_obs: Tensor, other_obs: Tensor) -> Tensor:
     return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
 
 
-def discriminator_inputs(obs: Tensor, actions: Tensor, num_actions: int | None) -> Tensor:
-    """What D sees of pairs: normalised observations (..., D), and with them indices as one-hot vectors (num_actions),
-    or actions as the environment takes them. Unclipped ones would give away a policy that does the same."""
-    actions = F.one_hot(actions, num_actions).float() if num_actions else actions.clamp(-1, 1)
+def pair_features(obs: Tensor, actions: Tensor, num_actions: int | None) -> Tensor:
+    """State-action pairs as a network sees them: normalised observations (..., D), and with them indices as one-hot
+    vectors (num_actions), or actions in [-1, 1]: as the environment takes them, not as the policy selects them."""
+    actions = F.one_hot(actions, num_actions).float() if num_actions else actions
     return torch.cat([obs, actions], -1)  # (..., D + A)
 
 
@@ -345,6 +343,7 @@ def discriminator_loss(
     entropy = sum((F.softplus(logits) - logits * logits.sigmoid()).mean() for logits in (policy_logits, expert_logits))
     stats = {
         "losses/discriminator_loss": (policy_loss + expert_loss).detach(),
+        "losses/discriminator_entropy": entropy.detach(),
         "train/policy_accuracy": (policy_logits > 0).float().mean(),
         "train/expert_accuracy": (expert_logits < 0).float().mean(),
     }
@@ -382,6 +381,16 @@ def gae_episodic(
         following = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, following)
         advantages[t] = following
     return advantages, advantages + values
+
+
+def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
+    """KL(old || new) (...) of the distributions with these outputs."""
+    if discrete:
+        old, new = old.log_softmax(-1), new.log_softmax(-1)
+        return (old.exp() * (old - new)).sum(-1)
+    (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
+    square = (old_log_std.exp().square() + (old_mean - mean).square()) / (2 * log_std.exp().square())
+    return (log_std - old_log_std + square - 0.5).sum(-1)
 
 
 def fisher_vector_product(policy: nn.Module, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
@@ -429,7 +438,7 @@ def trpo_step(
 
     def surrogate_and_kl() -> tuple[Tensor, Tensor]:
         outputs = policy(obs)
-        ratio = (policy_logprobs(outputs, actions, policy.discrete) - old_logprobs).exp()  # (B,)
+        ratio = (policy.logprobs(outputs, actions) - old_logprobs).exp()  # (B,)
         return (ratio * advantages).mean(), policy_kl(old_outputs, outputs, policy.discrete).mean()
 
     parameters = list(policy.parameters())
@@ -473,25 +482,33 @@ def fit_value(
 # ---- trajectories ----------------------------------------------------------------------------------------------------
 
 
-def space_actions(squashed: Tensor, space: Box) -> Tensor:
-    """Actions of the space from actions in [-1, 1]."""
+# Seeds of the environments' episodes; those of training count from 0.
+EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
+
+
+def space_actions(actions: Tensor, space: gymnasium.Space) -> Tensor:
+    """Actions of the space from indices, or from actions in [-1, 1]."""
+    if isinstance(space, Discrete):
+        return actions
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return low + (squashed + 1) / 2 * (high - low)
+    return low + (actions + 1) / 2 * (high - low)
 
 
-def unit_actions(actions: Tensor, space: Box) -> Tensor:
+def unit_actions(actions: Tensor, space: gymnasium.Space) -> Tensor:
     """The inverse of space_actions."""
+    if isinstance(space, Discrete):
+        return actions.long()
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     return ((actions - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
 
 
 @torch.no_grad()
 def rollout(
-    envs: gymnasium.vector.VectorEnv, policy: Policy, statistics: Tensor, steps: int, seed: int, mode: str,
+    envs: gymnasium.vector.VectorEnv, policy: nn.Module, statistics: Tensor, steps: int, seed: int, mode: str,
     generator: torch.Generator, one_episode: bool = False,
 ) -> dict[str, Tensor]:
     """S steps of N environments from a reset with this seed: no state is kept between calls. obs (S+1, N, D), raw; act
-    (S, N) or (S, N, A), before clipping; logprobs, stored when acting; true rew, mask, terminated, truncated (S, N).
+    (S, N) or (S, N, A), as selected; logprobs, stored when acting; true rew, mask, terminated, truncated (S, N).
     obs[t+1] is what step t led to: at the end of an episode its last observation, before any reset.
 
     In the step after an end Gymnasium resets and ignores the action: that is no data, so mask is False. An episode that
@@ -501,9 +518,8 @@ def rollout(
     outputs, columns, live = [], [], np.ones(envs.num_envs, dtype=bool)
     for t in range(steps):
         outputs.append(policy(normalise(observed[-1].to(device), statistics)).cpu())  # (N, outputs)
-        actions = select_actions(outputs[-1], policy.discrete, mode, generator)  # (N,) or (N, A)
-        to_env = actions if policy.discrete else space_actions(actions.clamp(-1, 1), space)
-        obs, reward, terminated, truncated, _ = envs.step(to_env.numpy())
+        actions = policy.select(outputs[-1], mode, generator)  # (N,) or (N, A)
+        obs, reward, terminated, truncated, _ = envs.step(space_actions(policy.unit(actions), space).numpy())
         if not np.isfinite(obs).all():
             bad_input(f"--env-id: an observation of the environment is not finite in step {t + 1} of a rollout")
         observed.append(torch.tensor(obs, dtype=torch.float32))
@@ -513,7 +529,7 @@ def rollout(
             break
     act, rew, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (S, N), act maybe (S, N, A)
     truncated[-1] |= ~terminated[-1]
-    logprobs = policy_logprobs(torch.stack(outputs), act, policy.discrete)  # (S, N)
+    logprobs = policy.logprobs(torch.stack(outputs), act)  # (S, N)
     batch = {
         "obs": torch.stack(observed), "act": act, "logprobs": logprobs, "rew": rew.float(), "mask": mask,
         "terminated": terminated, "truncated": truncated,
@@ -529,7 +545,7 @@ def mean_return_and_length(batch: dict[str, Tensor]) -> tuple[float, float]:
 
 def trpo_expert(
     envs: gymnasium.vector.VectorEnv, policy: Policy, value: nn.Module, statistics: Tensor, num_steps: int,
-    total_timesteps: int, first_seed: int, gamma: float, gae_lambda: float, learning_rate: float, trpo_flags: dict,
+    total_timesteps: int, first_seed: int, gamma: float, gae_lambda: float, learning_rate: float, policy_flags: dict,
     value_flags: dict, generator: torch.Generator,
 ) -> None:
     """TRPO on the true reward: main's loop without a discriminator."""
@@ -544,16 +560,15 @@ def trpo_expert(
         advantages, returns = gae_episodic(batch["rew"], values[:-1], values[1:], *ends, gamma, gae_lambda)  # (S, N)
         obs = obs[:-1][mask]  # (B, D)
         data = (x[mask] for x in (batch["act"], batch["logprobs"], advantages))
-        trpo_step(policy, obs, *data, generator=generator, **trpo_flags)
+        trpo_step(policy, obs, *data, generator=generator, **policy_flags)
         fit_value(value, optimizer, obs, returns[mask] * (1 - gamma), generator=generator, **value_flags)
         bar.set_postfix_str(f"return {mean_return_and_length(batch)[0]:.1f}")
 
 
-def write_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Space) -> None:
+def write_demos(path: Path, batch: dict[str, Tensor], policy: nn.Module, action_space: gymnasium.Space) -> None:
     """A rollout of one episode each, in the format of --demos."""
     batch = {name: x.cpu() for name, x in batch.items()}
-    mask = batch["mask"].t()  # (N, S)
-    act = batch["act"] if isinstance(action_space, Discrete) else space_actions(batch["act"].clamp(-1, 1), action_space)
+    mask, act = batch["mask"].t(), space_actions(policy.unit(batch["act"]), action_space)  # mask (N, S)
     columns = {"obs": batch["obs"][:-1], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
     columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}
     np.savez(path, lengths=mask.sum(1).numpy(), **columns)
@@ -578,12 +593,12 @@ def clone_behaviour(
     best, best_parameters = -math.inf, None
     for _ in range(epochs):
         for rows in train[torch.randperm(count, generator=generator).to(obs.device)].split(batch_size):
-            loss = -policy_logprobs(policy(obs[rows]), actions[rows], policy.discrete).mean()
+            loss = -policy.logprobs(policy(obs[rows]), actions[rows]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            likelihood = policy_logprobs(policy(obs[held_out]), actions[held_out], policy.discrete).mean().item()
+            likelihood = policy.logprobs(policy(obs[held_out]), actions[held_out]).mean().item()
         if likelihood > best:
             best, best_parameters = likelihood, parameters_to_vector(policy.parameters()).detach().clone()
     if best_parameters is not None:
@@ -608,22 +623,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     os.replace(aside, path)
 
 
-def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or another operation) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
-
-
-def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
-    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
-    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    if not main_process:
-        return run_dir, None
+def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
+    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
     if args.resume is not None:
-        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+        return SummaryWriter(run_dir, purge_step=first_step + 1)
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -633,7 +636,7 @@ def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tu
     writer = SummaryWriter(run_dir)
     rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
     writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return run_dir, writer
+    return writer
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -691,8 +694,24 @@ def lasting(history: list[list[float]], threshold: float) -> list[float] | None:
     return history[first] if first < len(history) else None
 
 
-# Seeds of the environments' episodes; those of training count from 0.
-EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
+def check_gail_args(args: Args) -> None:
+    """Whatever the flags alone show to be wrong."""
+    check_ranges(
+        args, ["save_steps", "num_demos", "subsample", "expert_timesteps", "total_timesteps", "num_envs", "num_steps",
+               "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_states", "learning_rate", "value_epochs",
+               "value_learning_rate", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate",
+               "discriminator_steps", "eval_steps", "eval_episodes"],
+        ["seed", "gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy",
+         "gradient_penalty"],
+    )  # fmt: skip
+    if args.seed >= 2**33:  # seeds of episodes count from --seed * 10**9, and must fit 63 bits
+        bad_input(f"--seed {args.seed} must be below 2**33")
+    if args.gamma >= 1 or args.gae_lambda > 1:
+        bad_input(f"--gamma {args.gamma} must be below 1, and --gae-lambda {args.gae_lambda} at most 1")
+    if args.constant_action is not None and args.demos is not None:
+        bad_input("--constant-action makes demonstrations, and --demos reads them: give one of the two")
+
+
 LASTING_SCORE = 0.95  # of the way from uniform actions to the expert, for env_steps_to_0.95 and cpu_seconds_to_0.95
 
 
@@ -703,18 +722,7 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is not None:
         args, state = load_run(args)
     device = choose_device(args)
-    check_ranges(
-        args, ["save_steps", "num_demos", "subsample", "expert_timesteps", "total_timesteps", "num_envs", "num_steps",
-               "hidden_size", "gamma", "max_kl", "cg_iterations", "fisher_states", "learning_rate", "value_epochs",
-               "value_learning_rate", "value_batch_size", "bc_epochs", "bc_batch_size", "bc_learning_rate",
-               "discriminator_steps", "eval_steps", "eval_episodes"],
-        ["seed", "gae_lambda", "cg_damping", "line_search_steps", "ent_coef", "discriminator_entropy",
-         "gradient_penalty"],
-    )  # fmt: skip
-    if args.seed >= 2**33:
-        bad_input(f"--seed {args.seed} must be below 2**33")
-    if args.gamma >= 1 or args.gae_lambda > 1:
-        bad_input(f"--gamma {args.gamma} must be below 1, and --gae-lambda {args.gae_lambda} at most 1")
+    check_gail_args(args)
     N = args.num_envs
     envs, eval_envs = make_envs(args.env_id, N), make_envs(args.env_id, args.eval_episodes)
     spaces = envs.single_observation_space, envs.single_action_space
@@ -725,16 +733,14 @@ def main(args: Args) -> dict[str, float]:
         bad_input(f"--env-id {args.env_id} has no time limit: a rollout would not end")
     if args.constant_action is not None and not (num_actions and 0 <= args.constant_action < num_actions):
         bad_input(f"--constant-action {args.constant_action} is no action of {args.env_id}, which takes {spaces[1]}")
-    if args.constant_action is not None and args.demos is not None:
-        bad_input("--constant-action makes demonstrations, and --demos reads them: give one of the two")
-    demos = load_demos(args.demos, None, *spaces) if args.demos is not None else None
-    if demos is not None and args.num_demos > len(demos["mask"]):
-        bad_input(f"--num-demos {args.num_demos}, but {args.demos} has {len(demos['mask'])} episodes")
+    if args.demos is not None:
+        demos, expert_return = load_demos(args.demos, args.num_demos, *spaces)
     num_steps = args.num_steps or episode_steps
     if N * num_steps < 2:
         bad_input("--num-envs 1 --num-steps 1: one advantage has no standard deviation")
     iterations = math.ceil(args.total_timesteps / (N * num_steps))
-    run_dir, writer = open_run(args, args.env_id, state["step"] if state else 0, device)
+    run_dir = Path(args.resume or f"{args.output_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    writer = open_run(args, run_dir, state["step"] if state is not None else 0)
 
     torch.manual_seed(args.seed)  # of the networks
     generator, first_seed = torch.Generator().manual_seed(args.seed), args.seed * 10**9
@@ -744,7 +750,7 @@ def main(args: Args) -> dict[str, float]:
     discriminator = mlp(D + A, 1, args.hidden_size, 0.01).to(device)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.learning_rate)
     value_optimizer = torch.optim.Adam(value.parameters(), lr=args.value_learning_rate)
-    trpo_flags = {
+    policy_flags = {
         "max_kl": args.max_kl, "cg_iterations": args.cg_iterations, "cg_damping": args.cg_damping,
         "fisher_states": args.fisher_states, "line_search_steps": args.line_search_steps,
     }  # fmt: skip
@@ -757,13 +763,13 @@ def main(args: Args) -> dict[str, float]:
         uniform = rollout(eval_envs, policy, statistics, episode_steps, seed, "uniform", generator, True)
         uniform_obs = uniform["obs"][:-1][uniform["mask"]]  # (steps, D)
         statistics = observation_statistics(uniform_obs, uniform_obs)
-        if demos is None:
+        if args.demos is None:
             expert = Policy(D, spaces[1], args.hidden_size).to(device)
             if args.constant_action is None:
                 expert_value = mlp(D, 1, args.hidden_size, 0.01).to(device)
                 trpo_expert(
                     envs, expert, expert_value, statistics, num_steps, args.expert_timesteps, first_seed + EXPERT_SEEDS,
-                    args.gamma, args.gae_lambda, args.value_learning_rate, trpo_flags, value_flags, generator,
+                    args.gamma, args.gae_lambda, args.value_learning_rate, policy_flags, value_flags, generator,
                 )
             else:
                 expert.net[-1].weight.data.zero_()
@@ -771,14 +777,13 @@ def main(args: Args) -> dict[str, float]:
             demo_envs = make_envs(args.env_id, max(args.num_demos, args.eval_episodes))
             seed = first_seed + DEMO_SEEDS
             batch = rollout(demo_envs, expert, statistics, episode_steps, seed, "sample", generator, True)
-            write_demos(run_dir / "demos.npz", batch, spaces[1])
-    if demos is None:
-        demos = load_demos(str(run_dir / "demos.npz"), None, *spaces)
-    expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
-    demos = {name: x[: args.num_demos] for name, x in demos.items() if x is not None}
+            demo_envs.close()
+            write_demos(run_dir / "demos.npz", batch, expert, spaces[1])
+    if args.demos is None:
+        demos, expert_return = load_demos(str(run_dir / "demos.npz"), args.num_demos, *spaces)
     kept = subsample_demos(demos["mask"], args.subsample, torch.Generator().manual_seed(args.seed))  # (N, T)
-    expert_actions = demos["act"][kept].long() if num_actions else unit_actions(demos["act"][kept], spaces[1])
-    expert_obs, expert_actions = demos["obs"][kept].float().to(device), expert_actions.to(device)  # (n, D), (n, ...)
+    expert_obs = demos["obs"][kept].to(device)  # (n, D)
+    expert_actions = unit_actions(demos["act"][kept], spaces[1]).to(device)  # (n,) or (n, A)
 
     # ---- normaliser, behaviour cloning, or the state of a checkpoint
     env_steps, cpu_seconds, first_step, seconds_before, history = 0, 0.0, 0, 0.0, []
@@ -806,7 +811,7 @@ def main(args: Args) -> dict[str, float]:
         statistics = statistics.to(device)
         first_step, env_steps, history = state["step"], state["env_steps"], state["history"]
         cpu_seconds, seconds_before = state["cpu_seconds"], state["seconds"]
-    expert_inputs = discriminator_inputs(normalise(expert_obs, statistics), expert_actions, num_actions)  # (n, D + A)
+    expert_inputs = pair_features(normalise(expert_obs, statistics), expert_actions, num_actions)  # (n, D + A)
 
     def save() -> None:
         save_checkpoint(run_dir / "checkpoint.pt", {
@@ -830,8 +835,6 @@ def main(args: Args) -> dict[str, float]:
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = trange(first_step, iterations, initial=first_step, total=iterations, desc="gail")
     for step in bar:
-        if interrupts:
-            break
         # ---- rollout: trajectories of pi_i
         step_start, cpu_start = time.time(), time.process_time()
         batch = rollout(envs, policy, statistics, num_steps, first_seed + step * N, "sample", generator)
@@ -840,18 +843,23 @@ def main(args: Args) -> dict[str, float]:
         obs, act, logprobs = all_obs[:-1][mask], batch["act"][mask], batch["logprobs"][mask]  # (B, ...)
 
         # ---- discriminator: D_i to D_i+1, up E_pi[log D] + E_expert[log(1 - D)]
-        policy_inputs = discriminator_inputs(obs, act, num_actions)  # (B, D + A)
+        policy_inputs = pair_features(obs, policy.unit(act), num_actions)  # (B, D + A)
+        logs: dict[str, Tensor | float] = {}
         for _ in range(args.discriminator_steps):
             logits = discriminator(torch.cat([policy_inputs, expert_inputs]))[:, 0]  # (B + n,)
-            loss, logs = discriminator_loss(*logits.split([len(obs), len(expert_inputs)]), args.discriminator_entropy)
+            loss, stats = discriminator_loss(*logits.split([len(obs), len(expert_inputs)]), args.discriminator_entropy)
+            stats["losses/gradient_penalty"] = torch.zeros(())
             if args.gradient_penalty:
                 penalty = logit_gradient_penalty(discriminator, policy_inputs, expert_inputs, generator)
                 loss = loss + args.gradient_penalty * penalty
+                stats["losses/gradient_penalty"] = penalty.detach()
             if not loss.isfinite():
                 bad_input(f"the discriminator's loss of step {step + 1} is not finite: is --learning-rate too large?")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            for name, x in stats.items():
+                logs[name] = logs.get(name, 0.0) + x / args.discriminator_steps
 
         # ---- reward: of the new D, and lambda times the causal entropy, which is thereby inside Q
         rewards = torch.zeros_like(batch["rew"])  # (S, N)
@@ -866,7 +874,7 @@ def main(args: Args) -> dict[str, float]:
         explained = 1 - (returns - values[:-1][mask]).var() / returns.var().clamp(min=1e-8)
 
         # ---- policy: one TRPO step, pi_i to pi_i+1
-        logs |= trpo_step(policy, obs, act, logprobs, advantages, generator=generator, **trpo_flags)
+        logs |= trpo_step(policy, obs, act, logprobs, advantages, generator=generator, **policy_flags)
 
         # ---- value: only now, so that no advantage has seen its own return
         targets = returns * (1 - args.gamma)
@@ -895,11 +903,14 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix_str(f"return {episodic_return:.1f}, expert's {expert_return:.1f}")
 
         # ---- save
-        if done % args.save_steps == 0 or done == iterations or interrupts:
+        interrupted = bool(interrupts)
+        if done % args.save_steps == 0 or done == iterations or interrupted:
             save()
+        if interrupted:
+            break
     bar.close()
     signal.signal(signal.SIGINT, old_handler)
-    if interrupts and done < iterations:
+    if done < iterations:
         print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
         raise SystemExit(130)
 
@@ -918,6 +929,8 @@ def main(args: Args) -> dict[str, float]:
     metrics = {name: None if x is None or not math.isfinite(x) else x for name, x in metrics.items()}  # JSON has no nan
     (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
     writer.close()
+    envs.close()
+    eval_envs.close()
     for name, x in (("random", random_return), ("BC", bc_return), ("GAIL", final_return), ("expert", expert_return)):
         print(f"{name:8} {x:10.1f}")
     print(run_dir)

@@ -32,14 +32,17 @@ and another max-ent RL step: soft Q-learning on tables, an actor-critic with cli
     python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9   # makes its expert first
     python maxent_irl.py --resume runs/<run folder>             # goes on exactly where the last checkpoint stood
 
-Shapes: S states, A actions, H horizon; N trajectories (or segments of them), T steps of them, F features of a step,
-K successors. `mask` (N, T) is True where a step was taken. `policy[t]` (S, A) is that of step t.
+Shapes with a table: S states, A actions, K successors, H horizon, N trajectories; `policy[t]` (S, A) is that of step t.
+In control, as in gail.py: S steps of N environments; B = the steps of them that are data, flattened; D numbers of an
+observation; A actions, or numbers of one; F features of a step; n demonstrated pairs, or segments. `mask`, (N, H) or
+(S, N), is True where a step was taken.
 
 Deliberately not here: images, several processes, off-policy RL in control, demonstrations in the set of samples (their
 density under the demonstrator is unknown), features that depend on the whole trajectory. See
 HumanCompatibleAI/imitation.
 """
 
+import importlib
 import json
 import math
 import os
@@ -54,7 +57,6 @@ from typing import Literal, NoReturn
 import gymnasium
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from gymnasium.spaces import Box, Discrete
@@ -86,8 +88,8 @@ class Args:
 
     # ---- maximum-entropy inverse RL
     env_id: str | None = None
-    """Gymnasium environment: discrete with a transition table env.unwrapped.P, or with Box observations.
-    None: the lecture's grid."""
+    """Gymnasium environment: discrete with a transition table env.unwrapped.P, or with Box observations (control).
+    None: the lecture's grid, a table."""
     env_kwargs: str = "{}"
     """Its keyword arguments, as JSON ('{"is_slippery": false}'); of the lecture's grid: slip."""
     map_size: int | None = None
@@ -97,40 +99,40 @@ class Args:
     None: both where there is a table, else sampled."""
     demos: str | None = None
     """Demonstrations: .npz with obs and act, concatenated over episodes, and lengths; rew where it is known.
-    None: made here, by the soft-optimal policy (table) or a policy trained on the true reward (control)."""
+    None: made here, by the soft-optimal policy (tables) or a policy trained on the true reward (control)."""
     num_demos: int | None = None
-    """Episodes of them. None: a file's all; made here, 10 in control, and with a table the expert's exact visits, as if
-    there were infinitely many."""
+    """Demonstrated episodes that are imitated, the first ones. None: all of a file's.
+    Of those made here, None is 10 in control, and with a table the expert's exact visits, as if of infinitely many."""
     reward_scale: float = 1.0
-    """Times the true reward, for the demonstrator only: its temperature is 1, so it is hardly better than chance for
-    small rewards. A large one (1000) makes it optimal."""
+    """Times the true reward, for the demonstrator only.
+    Its temperature is 1, so it is hardly better than chance for small rewards. A large one (1000) makes it optimal."""
     expert_steps: int = 150
-    """Policy updates on the true reward by which the demonstrator is made in control."""
+    """Control: policy updates on the true reward by which the demonstrator is made."""
     reward_model: Literal["linear", "neural"] | None = None
     """A weight for each feature (of a table: for each entry), or two hidden layers (of a table: one).
     None: linear with a table, neural in control."""
     reward_inputs: Literal["state_action", "state", "next_state"] | None = None
-    """What the reward sees. next_state (tables only): the state that is reached, in expectation over the dynamics, the
-    choice for --transfer. None: next_state with a table, state_action in control."""
+    """What the reward sees. None: next_state with a table, state_action in control.
+    next_state (tables only): the state that is reached, in expectation over the dynamics, the choice for --transfer."""
     hidden_size: int = 64
     """Units of each hidden layer of reward, policy and value network."""
     gamma: float | None = None
-    """Discount of soft values, visits and demonstrations alike. None: 1 with a table; 0.99 in control, where it is the
-    actor-critic's only and visits are not discounted."""
+    """Discount of soft values, visits and demonstrations alike.
+    None: 1 with a table; 0.99 in control, where it is the actor-critic's only and visits are not discounted."""
     horizon: int | None = None
     """H: steps of an episode. None: the environment's time limit, 10 for the lecture's grid."""
     transfer: str | None = None
-    """Other --env-kwargs, as JSON, under which the learned reward is evaluated too: another slip or map (tables)."""
+    """Tables: other --env-kwargs, as JSON, under which the learned reward is evaluated too: another slip or map."""
     exact_tolerance: float = 1e-4
-    """The exact estimator ends when no reward entry's gradient, a difference of visits, is larger ..."""
+    """Tables: the exact estimator ends when no reward entry's gradient, a difference of visits, is larger."""
     exact_steps: int = 50
-    """... or after so many times 20 iterations of L-BFGS."""
+    """Tables: the exact estimator ends after so many times 20 iterations of L-BFGS at the latest."""
     max_steps: int = 300
     """Iterations of the sampled estimator: trajectories, one step of the reward, one of the policy."""
     eval_steps: int = 100
     """Steps from one evaluation to the next; there is always one after training."""
     eval_episodes: int = 50
-    """Episodes that a return is the mean of, in control (with a table, it is computed)."""
+    """Control: episodes that a return is the mean of (with a table, it is computed)."""
     num_trajectories: int | None = None
     """N: trajectories an iteration. None: 512 with a table, 16 in control."""
     learning_rate: float | None = None
@@ -140,29 +142,29 @@ class Args:
     min_lr_rate: float = 0.1
     """Share of the peak learning rates that the decay reaches exactly at the last step."""
     reward_l2: float | None = None
-    """Coefficient of the sum of squared rewards in the reward's loss: of the table's entries, or of an episode's steps.
-    None: 0 with a table, 0.01 in control."""
+    """Coefficient of the sum of squared rewards in the reward's loss. None: 0 with a table, 0.01 in control.
+    The rewards are the table's entries, or those of an episode's steps."""
     fusion_iterations: int = 1
-    """Samples of so many iterations are weighted together; the density under the weights is the mixture of their
-    policies (Finn et al. 2016)."""
+    """Samples of so many iterations are weighted together (Finn et al. 2016).
+    The density under the weights is the mixture of their policies."""
     segment_length: int | None = None
-    """Control: weights are of segments of so many steps; 0: of whole episodes, the formula above. None: 10 in control.
-    The critic says what comes before a segment and after it, as in path consistency learning (arXiv:1702.08892), so
-    that weights are even for the soft-optimal policy. The shorter, the more the policy is trusted to be that."""
+    """Control: weights are of segments of so many steps; 0: of whole episodes, the formula above. None: 10.
+    The critic says what comes before a segment and after it, as in path consistency learning (arXiv:1702.08892).
+    So weights are even for the soft-optimal policy. The shorter, the more the policy is trusted to be that."""
     soft_q_rate: float = 0.5
-    """Step size of soft Q-learning (tables)."""
+    """Tables: step size of soft Q-learning."""
     policy_learning_rate: float = 1e-3
-    """Peak learning rate of actor and critic (Adam, eps 1e-5; control)."""
+    """Control: peak learning rate of actor and critic (Adam, eps 1e-5)."""
     gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimator (control; arXiv:1506.02438)."""
+    """Control: lambda of the generalised advantage estimator (arXiv:1506.02438)."""
     update_epochs: int = 5
-    """Passes over the trajectories in one policy step (control; PPO, arXiv:1707.06347)."""
+    """Control: passes over the trajectories in one policy step (PPO, arXiv:1707.06347)."""
     minibatch_size: int = 512
-    """Steps in one gradient step of the policy (control)."""
+    """Control: steps in one gradient step of the policy."""
     epsilon: float = 0.2
-    """The policy's ratio is clipped to 1 +- epsilon (control; PPO)."""
+    """Control: the policy's ratio is clipped to 1 +- epsilon (PPO)."""
     max_grad_norm: float = 0.5
-    """Policy gradients with a larger global norm are scaled down to it (control)."""
+    """Control: policy gradients with a larger global norm are scaled down to it."""
 
 
 def bad_input(message: str) -> NoReturn:
@@ -196,8 +198,9 @@ def lecture_moves(slip: float = 0.0) -> dict:
 
 def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
     """A table P as tensors: `transition` and `arrival` (S*A, S), dense or CSR, `reward` (S, A), its mean on arrival in
-    each state `cell_reward` (S,), `initial` (S,), and the picture's `shape`. A move that ends the episode leads out of
-    the table: it is left out of `transition`, whose rows then sum to less than 1, and counts in `arrival`."""
+    each state `cell_reward` (S,), `initial` (S,), the states `ended` (S, 1) that are ends themselves, and the picture's
+    `shape`. A move that ends the episode, or leads to such a state, leads out of the table: it is left out of
+    `transition`, whose rows then sum to less than 1, and counts in `arrival`."""
     S, A = len(moves), len(moves[0])
     rows, columns, probabilities, rewards, ends = (
         torch.tensor(x) for x in zip(*(
@@ -211,44 +214,43 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
         bad_input("--env-id: a move in its table has probabilities that are negative or do not add up to 1")
     if not (initial.double().sum() - 1).abs() < 1e-6:
         bad_input("--env-id: its table has no state to start from")
-    # An absorbing state without reward is an end, under every learned reward too
-    stays = probabilities * ((rows // A == columns) & (rewards == 0))
-    stays = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, stays).view(S, A)
-    ends |= (stays > 1 - 1e-9).all(1)[columns]
 
     def matrix(kept: Tensor) -> Tensor:
         index, size = torch.stack([rows[kept], columns[kept]]), (S * A, S)
         coo = torch.sparse_coo_tensor(index, probabilities[kept], size, check_invariants=True).coalesce()
         return as_matrix(coo.to_dense() if S * A * S <= DENSE_ENTRIES else coo)
 
+    reward = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities * rewards).view(S, A)
+    arrival = matrix(torch.ones_like(ends))
+    ended = ended_states(reward, arrival)  # (S, 1)
+    ends |= ended[columns, 0]  # by the true reward, and so under every learned one
     arrivals = torch.zeros(S, dtype=torch.float64).index_add_(0, columns, probabilities)
     cell_reward = torch.zeros(S, dtype=torch.float64).index_add_(0, columns, probabilities * rewards)
     return {
-        "transition": matrix(~ends), "arrival": matrix(torch.ones_like(ends)), "initial": initial.double(),
-        "reward": torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, probabilities * rewards).view(S, A),
+        "transition": matrix(~ends), "arrival": arrival, "initial": initial.double(), "reward": reward, "ended": ended,
         "cell_reward": cell_reward / arrivals.clamp(min=1e-12), "shape": shape,
     }  # fmt: skip
 
 
-def make_env(env_id: str, env_kwargs: dict, map_size: int | None, seed: int) -> gymnasium.Env:
-    """The environment, of FrozenLake maybe with a map drawn from the seed; Gymnasium's checker would test each step."""
-    if map_size is not None:
-        if not env_id.startswith("FrozenLake") or map_size < 2:
-            bad_input(f"--map-size {map_size} draws maps of FrozenLake, of side 2 and more, not of {env_id}")
-        from gymnasium.envs.toy_text.frozen_lake import generate_random_map
-
-        env_kwargs = {"desc": generate_random_map(map_size, seed=seed), **env_kwargs}
+def make_envs(env_id: str, num_envs: int, /, **env_kwargs) -> gymnasium.vector.VectorEnv:
+    """Environments that step together, by their own vectorised code where they have any."""
+    module, _, name = env_id.rpartition(":")  # the module registers the environment
     try:
-        return gymnasium.make(env_id, disable_env_checker=True, **env_kwargs)
-    except Exception as error:  # of whatever kind the environment's own code raises
+        if module:
+            importlib.import_module(module)
+        if gymnasium.spec(name).vector_entry_point is None:
+            env_kwargs["disable_env_checker"] = True  # it would test every step
+        envs = gymnasium.make_vec(env_id, num_envs, **env_kwargs)
+    except Exception as error:  # of whatever kind the environment's own code raises; it names what to install
         bad_input(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
+    if envs.metadata.get("autoreset_mode") != gymnasium.vector.AutoresetMode.NEXT_STEP:
+        bad_input(f"--env-id {env_id} does not reset in the step after an end, as Gymnasium's environments do")
+    return envs
 
 
-def load_table(env_id: str | None, env_kwargs: dict, map_size: int | None, seed: int) -> tuple[dict | None, int | None]:
+def load_table(env_id: str | None, env_kwargs: dict) -> tuple[dict | None, int | None]:
     """The environment's transition table, where it has one, and its time limit."""
     if env_id is None:
-        if map_size is not None:
-            bad_input("--map-size draws maps of FrozenLake: --env-id must name it")
         slip = env_kwargs.get("slip", 0.0)
         if set(env_kwargs) - {"slip"} or not (isinstance(slip, (int, float)) and 0 <= slip <= 1):
             bad_input(f"the lecture's grid takes a slip from 0 to 1, not {env_kwargs}; --env-id names another")
@@ -256,15 +258,18 @@ def load_table(env_id: str | None, env_kwargs: dict, map_size: int | None, seed:
         initial = torch.tensor([float(cell == "C") for cell in grid])
         shape = len(LECTURE_GRID), len(LECTURE_GRID[0])
         return read_table(lecture_moves(**env_kwargs), initial, shape), LECTURE_HORIZON
-    env = make_env(env_id, env_kwargs, map_size, seed)
+    envs = make_envs(env_id, 1, **env_kwargs)
+    env = getattr(envs, "envs", [envs])[0]  # its own vectorised code has no single ones, nor a table
     limit, inner = env.spec.max_episode_steps, env.unwrapped
     if not (hasattr(inner, "P") and isinstance(env.observation_space, Discrete)):
+        envs.close()
         return None, limit
     S = int(env.observation_space.n)
     initial = getattr(inner, "initial_state_distrib", None)
     if initial is None:  # seeds 0 to 999 say where episodes start
         starts = torch.tensor([int(env.reset(seed=i)[0]) for i in range(1000)])
         initial = torch.bincount(starts, minlength=S) / len(starts)
+    envs.close()
     shape = inner.desc.shape if hasattr(inner, "desc") else getattr(inner, "shape", (1, S))
     shape = shape if math.prod(shape) == S else (1, S)  # Taxi's map does not show where the passenger is
     return read_table(inner.P, torch.as_tensor(initial), tuple(shape)), limit
@@ -284,8 +289,9 @@ def check_spaces(env_id: str, observation_space: gymnasium.Space, action_space: 
 
 def load_demos(
     path: str, num_demos: int | None, observation_space: gymnasium.Space, action_space: gymnasium.Space
-) -> dict[str, Tensor | None]:
-    """Demonstrations padded to the longest: obs (N, T, ...), act (N, T, ...), mask (N, T), and rew (N, T) or None."""
+) -> tuple[dict[str, Tensor], float]:
+    """The first num_demos demonstrations (None: all), padded to the longest: obs (N, T, ...), act (N, T, ...) and mask
+    (N, T); and the mean return of all that the file has, where it has rew."""
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files}
@@ -322,146 +328,12 @@ def load_demos(
             data[key] = values.clip(space.low, space.high)
     if num_demos is not None and num_demos > len(lengths):
         bad_input(f"--num-demos {num_demos}, but {path} has {len(lengths)} episodes")
-    lengths = torch.from_numpy(lengths.astype(np.int64))
-    padded = {}
-    for key in ("obs", "act", "rew"):
-        episodes = torch.from_numpy(data[key]).split(lengths.tolist())[:num_demos] if key in data else None
-        padded[key] = None if episodes is None else nn.utils.rnn.pad_sequence(episodes, batch_first=True)  # (N, T, ...)
-    lengths = lengths[:num_demos]
-    return {**padded, "mask": torch.arange(int(lengths.max())) < lengths[:, None]}
-
-
-# ---- the mathematics -------------------------------------------------------------------------------------------------
-
-
-def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
-    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
-    last step, if there are at least two steps after the warm-up and it is not constant."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
-    return 1 - (1 - min_lr_rate) * decay
-
-
-def as_matrix(transition: Tensor) -> Tensor:
-    """Transition (S, A, S), or sparse (S*A, S), as a matrix (S*A, S), float64: dense, or CSR (20 x as fast as COO)."""
-    if transition.layout == torch.strided:
-        return transition.reshape(-1, transition.shape[-1]).double()
-    if transition.layout == torch.sparse_csr and transition.dtype == torch.float64:
-        return transition
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
-        return transition.double().to_sparse_csr()
-
-
-def transposed(matrix: Tensor) -> Tensor:
-    """The transposed matrix, CSR where that was."""
-    return matrix.t() if matrix.layout == torch.strided else matrix.t().to_sparse_csr()
-
-
-def ended_states(reward: Tensor, matrix: Tensor) -> Tensor:
-    """(S, 1), True for states that no action leaves and that have no reward: there the episode has ended and nothing is
-    left to decide. A reward of -log A a step cancels the entropy log A that logsumexp would count for them."""
-    S, A = reward.shape
-    coo = matrix.to_sparse_coo().coalesce()
-    rows, columns = coo.indices()
-    stay = torch.where(rows // A == columns, coo.values(), 0.0)  # (entries,)
-    stay = torch.zeros(S * A, dtype=torch.float64, device=rows.device).index_add_(0, rows, stay).view(S, A)
-    return ((stay > 1 - 1e-9) & (reward == 0)).all(1, keepdim=True)
-
-
-def soft_value_iteration(reward: Tensor, transition: Tensor, gamma: float, horizon: int) -> tuple[Tensor, Tensor]:
-    """The causal model's policy (H, S, A) and values (H+1, S): Q_t = r + gamma P V_t+1, V_t = logsumexp_a Q_t, V_H = 0
-    and pi_t = exp(Q_t - V_t) (Ziebart et al. 2010), in float64 and in logarithms throughout.
-
-    reward (S, A); transition (S, A, S), or sparse (S*A, S). Where a row sums to less than 1, the rest ends the episode:
-    a move to an absorbing state without reward or entropy. Such a state may also stand in the table."""
-    S, A = reward.shape
-    matrix = as_matrix(transition)
-    reward = torch.where(ended_states(reward, matrix), -math.log(A), reward.double())
-    policy, values = [], [reward.new_zeros(S)]  # of the last step first
-    for _ in range(horizon):
-        q = reward + gamma * (matrix @ values[-1]).view(S, A)  # (S, A)
-        values.append(q.logsumexp(1))  # (S,)
-        policy.append((q - values[-1][:, None]).exp_())
-    return torch.stack(policy[::-1]), torch.stack(values[::-1])
-
-
-def occupancy(policy: Tensor, transition: Tensor, initial: Tensor, gamma: float) -> Tensor:
-    """Visits (S, A) of a policy (H, S, A) from d = initial (S,): sum_t gamma^t P(s_t = s, a_t = a) over H steps."""
-    backward = transposed(as_matrix(transition))  # (S, S*A)
-    visits, state = torch.zeros_like(policy[0]), initial.double()
-    for t in range(len(policy)):
-        visited = policy[t] * state[:, None]  # (S, A)
-        visits = visits + gamma**t * visited
-        state = backward @ visited.flatten()  # (S,)
-    return visits
-
-
-def successors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every row of (S*A, S) its next states and the logarithms of their probabilities (S*A, K), filled up with
-    probability 0; the last column is the end, the state S."""
-    coo = matrix.to_sparse_coo().coalesce()
-    (rows, columns), probabilities = coo.indices(), coo.values()
-    counts = torch.bincount(rows, minlength=matrix.shape[0])  # (S*A,)
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    shape = (matrix.shape[0], int(counts.max()) + 1)
-    states = torch.full(shape, matrix.shape[1], device=rows.device)  # (S*A, K)
-    logprobs = torch.full(shape, -torch.inf, dtype=torch.float64, device=rows.device)  # (S*A, K)
-    states[rows, place], logprobs[rows, place] = columns, probabilities.log()
-    end = 1 - torch.zeros_like(logprobs[:, 0]).index_add_(0, rows, probabilities)  # (S*A,)
-    logprobs[:, -1] = torch.where(end > 1e-6, end, 0.0).log()  # less is the rounding of a table in fp32
-    return states, logprobs
-
-
-def log_partition(
-    reward: Tensor, transition: Tensor, initial: Tensor, horizon: int, gamma: float = 1.0
-) -> Tensor:
-    """log Z of the non-causal model: the sum over all trajectories of d(s_0) prod_t P(s_t+1|s_t,a_t) exp(gamma^t r_t)
-    (Ziebart et al. 2008), in logarithms. Its gradient with respect to the reward (S, A) are the model's visits.
-    transition and ends of episodes as in soft_value_iteration."""
-    S, A = reward.shape
-    matrix = as_matrix(transition)
-    states, logprobs = successors(matrix)  # (S*A, K)
-    reward, ended = reward.double(), ended_states(reward, matrix)
-    log_z = reward.new_zeros(S)
-    for t in reversed(range(horizon)):
-        following = (logprobs + F.pad(log_z, (0, 1))[states]).logsumexp(1).view(S, A)  # (S, A); an end adds log 1
-        log_z = (torch.where(ended, -math.log(A), gamma**t * reward) + following).logsumexp(1)  # (S,)
-    return (initial.double().log() + log_z).logsumexp(0)
-
-
-def importance_weights(returns: Tensor, logprobs: Tensor) -> Tensor:
-    """Self-normalised weights (N,) of trajectories drawn with log-probability logprobs (N,), summed over time, towards
-    the non-causal model: softmax_j(r(tau_j) - log pi(tau_j)). Dynamics cancel; so does a constant in the reward."""
-    weights = (returns.double() - logprobs.double()).softmax(0)  # fp32 would round sums of 1e4 to 1e-3
-    return weights.to(torch.promote_types(returns.dtype, torch.float32))
-
-
-def remember(replay: Tensor, transitions: Tensor) -> Tensor:
-    """A replay memory (u, 2), distinct transitions (s * A + a) * (S + 1) + s' with how often they were seen, after the
-    transitions (n,) were seen too."""
-    keys, place = torch.unique(torch.cat([replay[:, 0], transitions]), return_inverse=True)
-    counts = torch.cat([replay[:, 1], torch.ones_like(transitions)])
-    return torch.stack([keys, torch.zeros_like(keys).index_add_(0, place, counts)], 1)
-
-
-def soft_q_step(q: Tensor, reward: Tensor, replay: Tensor, gamma: float, rate: float) -> Tensor:
-    """Soft Q-learning on a replay memory (u, 2): Q_t(s, a) moves towards the mean of r + gamma V_t+1(s'), from the last
-    step t to the first, so that what a step learned is used for the one before it. Dynamics are the same at every step:
-    each transition teaches all of them, under the newest reward, or an action that was once worse would never be tried
-    again. s' = S is an end. Returns the new Q (H, S, A)."""
-    q, (H, S, A) = q.clone(), q.shape
-    rows, columns = replay[:, 0] // (S + 1), replay[:, 0] % (S + 1)  # (u,)
-    counts = torch.bincount(rows, replay[:, 1].double(), S * A)  # (S*A,)
-    share = replay[:, 1] / counts[rows]  # (u,)
-    value = q.new_zeros(S + 1)  # after the last step, and after an end
-    for t in reversed(range(H)):
-        following = torch.bincount(rows, share * value[columns], S * A).view(S, A)
-        q[t] += torch.where(counts.view(S, A) > 0, rate * (reward + gamma * following - q[t]), 0.0)
-        value[:S] = q[t].logsumexp(1)
-    return q
+    mean_return = float(data["rew"].sum(dtype=np.float64) / len(lengths)) if "rew" in data else math.nan
+    sizes = torch.from_numpy(lengths.astype(np.int64))
+    episodes = {key: torch.from_numpy(data[key]).split(sizes.tolist())[:num_demos] for key in ("obs", "act")}
+    padded = {key: nn.utils.rnn.pad_sequence(x, batch_first=True) for key, x in episodes.items()}  # (N, T, ...)
+    sizes = sizes[:num_demos, None]
+    return {**padded, "mask": torch.arange(int(sizes.max())) < sizes}, mean_return
 
 
 # ---- reward and policy -----------------------------------------------------------------------------------------------
@@ -505,43 +377,51 @@ def mlp(inputs: int, outputs: int, hidden_size: int, scale: float) -> nn.Sequent
     return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
+LOG_STD_RANGE = (-5.0, 2.0)  # of Gaussians before tanh, as in SAC (Haarnoja et al. 2018), whose lower bound is -20
+
+
 class ActorCritic(nn.Module):
-    """Separate networks; the actor's outputs are logits (Discrete), or means and log standard deviations (Box)."""
+    """Separate networks. The actor's outputs, which are what calling this returns: logits (Discrete); or means and log
+    standard deviations (Box) of u, where tanh(u) is an action scaled so that the Box is [-1, 1]. A squashed action has
+    a largest entropy, log 2 a dimension; for a clipped one the variance would grow for ever."""
 
     def __init__(self, num_inputs: int, action_space: gymnasium.Space, hidden_size: int) -> None:
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
-        outputs = int(action_space.n) if self.discrete else 2 * math.prod(action_space.shape)
+        outputs = int(action_space.n) if self.discrete else 2 * action_space.shape[0]
         self.actor = mlp(num_inputs, outputs, hidden_size, 0.01)
         self.critic = mlp(num_inputs, 1, hidden_size, 1.0)
 
+    def forward(self, obs: Tensor) -> Tensor:
+        outputs = self.actor(obs)  # (..., A), or (..., 2A)
+        if self.discrete:
+            return outputs
+        mean, log_std = outputs.chunk(2, -1)
+        return torch.cat([mean, log_std.clamp(*LOG_STD_RANGE)], -1)
 
-LOG_STD_RANGE = (-5.0, 2.0)  # of Gaussians before tanh, as in SAC (Haarnoja et al. 2018), whose lower bound is -20
+    def select(self, outputs: Tensor, mode: str, generator: torch.Generator) -> Tensor:
+        """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"): indices, or u."""
+        if self.discrete:
+            if mode == "greedy":
+                return outputs.argmax(-1)
+            weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
+            return torch.multinomial(weights, 1, generator=generator)[:, 0]
+        mean, log_std = outputs.chunk(2, -1)
+        if mode == "uniform":
+            return (2 * torch.rand(mean.shape, generator=generator) - 1).clamp(-0.999, 0.999).atanh()
+        return mean + log_std.exp() * torch.randn(mean.shape, generator=generator) if mode == "sample" else mean
 
+    def unit(self, actions: Tensor) -> Tensor:
+        """What the environment makes of selected actions: indices stay, others are squashed to [-1, 1]."""
+        return actions if self.discrete else actions.tanh()
 
-def action_logprobs(outputs: Tensor, actions: Tensor, discrete: bool) -> Tensor:
-    """log pi(a|s) (...) of an index; or of tanh(u), whose u (..., D) is stored, as tanh's inverse would lose it.
-    A squashed action has a largest entropy, log 2 a dimension; for a clipped one the variance would grow for ever."""
-    if discrete:
-        return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-    mean, log_std = outputs.chunk(2, -1)
-    log_std = log_std.clamp(*LOG_STD_RANGE)
-    normal = -0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (normal - 2 * (math.log(2) - actions - F.softplus(-2 * actions))).sum(-1)  # log tanh'(u), stable
-
-
-def choose_actions(outputs: Tensor, discrete: bool, mode: str, generator: torch.Generator) -> Tensor:
-    """Actions by the policy ("sample"), its mode ("greedy"), or uniform ones ("uniform"); of a Box as u of tanh(u)."""
-    if discrete:
-        if mode == "greedy":
-            return outputs.argmax(-1)
-        weights = outputs.softmax(-1) if mode == "sample" else torch.ones_like(outputs)
-        return torch.multinomial(weights, 1, generator=generator)[:, 0]
-    mean, log_std = outputs.chunk(2, -1)
-    if mode == "uniform":
-        return (2 * torch.rand(mean.shape, generator=generator) - 1).clamp(-0.999, 0.999).atanh()
-    noise = torch.randn(mean.shape, generator=generator) if mode == "sample" else 0.0
-    return mean + log_std.clamp(*LOG_STD_RANGE).exp() * noise
+    def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a|s) (...) of indices (...); or of tanh(u), from u (..., A), as tanh's inverse would lose it."""
+        if self.discrete:
+            return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        mean, log_std = outputs.chunk(2, -1)
+        normal = -0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        return (normal - 2 * (math.log(2) - actions - F.softplus(-2 * actions))).sum(-1)  # log tanh'(u), stable
 
 
 OBSERVATION_RANGE = 10.0  # of normalised observations, as in OpenAI's baselines
@@ -552,39 +432,166 @@ def normalise(obs: Tensor, statistics: Tensor) -> Tensor:
     return ((obs - statistics[0]) / statistics[1]).clamp(-OBSERVATION_RANGE, OBSERVATION_RANGE).float()
 
 
-def step_features(obs: Tensor, actions: Tensor, inputs: str, num_actions: int | None) -> Tensor:
-    """What the reward sees of steps: normalised observations (..., D), and with them indices as one-hot vectors
-    (num_actions), or actions in [-1, 1]."""
-    if inputs == "state":
-        return obs
-    actions = F.one_hot(actions, num_actions).float() if num_actions else actions.float()
-    return torch.cat([obs, actions], -1)  # (..., F)
+def observation_statistics(expert_obs: Tensor, other_obs: Tensor) -> Tensor:
+    """Mean and standard deviation (2, D) of observations (n, D) and (m, D), either kind with half of the weight."""
+    halves = [torch.stack([x.mean(0), x.square().mean(0)]) for x in (expert_obs.double(), other_obs.double())]
+    mean, square = (halves[0] + halves[1]) / 2
+    return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
 
 
-def step_rewards(
-    reward: nn.Module, batch: dict[str, Tensor], statistics: Tensor, inputs: str, num_actions: int | None
+def pair_features(obs: Tensor, actions: Tensor, num_actions: int | None) -> Tensor:
+    """State-action pairs as a network sees them: normalised observations (..., D), and with them indices as one-hot
+    vectors (num_actions), or actions in [-1, 1]: as the environment takes them, not as the policy selects them."""
+    actions = F.one_hot(actions, num_actions).float() if num_actions else actions
+    return torch.cat([obs, actions], -1)  # (..., D + A)
+
+
+# ---- the mathematics -------------------------------------------------------------------------------------------------
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
+    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
+    last step, if there are at least two steps after the warm-up and it is not constant."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
+    return 1 - (1 - min_lr_rate) * decay
+
+
+def as_matrix(transition: Tensor) -> Tensor:
+    """Transition (S, A, S), or sparse (S*A, S), as a matrix (S*A, S), float64: dense, or CSR (20 x as fast as COO)."""
+    if transition.layout == torch.strided:
+        return transition.reshape(-1, transition.shape[-1]).double()
+    if transition.layout == torch.sparse_csr and transition.dtype == torch.float64:
+        return transition
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+        return transition.double().to_sparse_csr()
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """The transposed matrix, CSR where that was."""
+    return matrix.t() if matrix.layout == torch.strided else matrix.t().to_sparse_csr()
+
+
+def ended_states(reward: Tensor, matrix: Tensor) -> Tensor:
+    """(S, 1), True for states that no action leaves and that have no true reward: the episode has ended, and nothing is
+    left to decide. A reward of -log A a step cancels the entropy log A that logsumexp would count for them."""
+    S, A = reward.shape
+    coo = matrix.to_sparse_coo().coalesce()
+    rows, columns = coo.indices()
+    stay = torch.where(rows // A == columns, coo.values(), 0.0)  # (entries,)
+    stay = torch.zeros(S * A, dtype=torch.float64, device=rows.device).index_add_(0, rows, stay).view(S, A)
+    return ((stay > 1 - 1e-9) & (reward == 0)).all(1, keepdim=True)
+
+
+def soft_value_iteration(
+    reward: Tensor, transition: Tensor, gamma: float, horizon: int, ended: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The causal model's policy (H, S, A) and values (H+1, S): Q_t = r + gamma P V_t+1, V_t = logsumexp_a Q_t, V_H = 0
+    and pi_t = exp(Q_t - V_t) (Ziebart et al. 2010), in float64 and in logarithms throughout.
+
+    reward (S, A); transition (S, A, S), or sparse (S*A, S). Where a row sums to less than 1, the rest ends the episode:
+    a move to an absorbing state without reward or entropy. Such a state may also stand in the table: ended (S, 1) says
+    which. None: those that no action leaves and that have no reward: right for a true reward, not for a learned one,
+    which may be 0 by chance."""
+    S, A = reward.shape
+    matrix = as_matrix(transition)
+    ended = ended_states(reward, matrix) if ended is None else ended
+    reward = torch.where(ended, -math.log(A), reward.double())
+    policy, values = [], [reward.new_zeros(S)]  # of the last step first
+    for _ in range(horizon):
+        q = reward + gamma * (matrix @ values[-1]).view(S, A)  # (S, A)
+        values.append(q.logsumexp(1))  # (S,)
+        policy.append((q - values[-1][:, None]).exp_())
+    return torch.stack(policy[::-1]), torch.stack(values[::-1])
+
+
+def occupancy(policy: Tensor, transition: Tensor, initial: Tensor, gamma: float) -> Tensor:
+    """Visits (S, A) of a policy (H, S, A) from d = initial (S,): sum_t gamma^t P(s_t = s, a_t = a) over H steps."""
+    backward = transposed(as_matrix(transition))  # (S, S*A)
+    visits, state = torch.zeros_like(policy[0]), initial.double()
+    for t in range(len(policy)):
+        visited = policy[t] * state[:, None]  # (S, A)
+        visits = visits + gamma**t * visited
+        state = backward @ visited.flatten()  # (S,)
+    return visits
+
+
+def successors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row of (S*A, S) its next states and the logarithms of their probabilities (S*A, K), filled up with
+    probability 0; the last column is the end, the state S."""
+    coo = matrix.to_sparse_coo().coalesce()
+    (rows, columns), probabilities = coo.indices(), coo.values()
+    counts = torch.bincount(rows, minlength=matrix.shape[0])  # (S*A,)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    shape = (matrix.shape[0], int(counts.max()) + 1)
+    states = torch.full(shape, matrix.shape[1], device=rows.device)  # (S*A, K)
+    logprobs = torch.full(shape, -torch.inf, dtype=torch.float64, device=rows.device)  # (S*A, K)
+    states[rows, place], logprobs[rows, place] = columns, probabilities.log()
+    end = 1 - torch.zeros_like(logprobs[:, 0]).index_add_(0, rows, probabilities)  # (S*A,)
+    logprobs[:, -1] = torch.where(end > 1e-6, end, 0.0).log()  # less is the rounding of a table in fp32
+    return states, logprobs
+
+
+def log_partition(
+    reward: Tensor, transition: Tensor, initial: Tensor, horizon: int, gamma: float = 1.0, ended: Tensor | None = None
 ) -> Tensor:
-    """The learned reward of every step (N, T), 0 where none was taken."""
-    obs = normalise(batch["obs"].to(statistics.device), statistics)  # (N, T, D)
-    act = (batch["act"] if num_actions else batch["act"].tanh()).to(obs.device)
-    return torch.where(batch["mask"], reward(step_features(obs, act, inputs, num_actions))[..., 0].cpu(), 0.0)
+    """log Z of the non-causal model: the sum over all trajectories of d(s_0) prod_t P(s_t+1|s_t,a_t) exp(gamma^t r_t)
+    (Ziebart et al. 2008), in logarithms. Its gradient with respect to the reward (S, A) are the model's visits.
+    transition and ends of episodes as in soft_value_iteration."""
+    S, A = reward.shape
+    matrix = as_matrix(transition)
+    states, logprobs = successors(matrix)  # (S*A, K)
+    reward, ended = reward.double(), ended_states(reward, matrix) if ended is None else ended
+    log_z = reward.new_zeros(S)
+    for t in reversed(range(horizon)):
+        following = (logprobs + F.pad(log_z, (0, 1))[states]).logsumexp(1).view(S, A)  # (S, A); an end adds log 1
+        log_z = (torch.where(ended, -math.log(A), gamma**t * reward) + following).logsumexp(1)  # (S,)
+    return (initial.double().log() + log_z).logsumexp(0)
 
 
-def value_differences(critic: nn.Module, batch: dict[str, Tensor], statistics: Tensor, gamma: float) -> Tensor:
-    """gamma V(s') - V(s) (N, T), whose discounted sum over L steps is gamma^L V(end) - V(start)."""
-    states = (normalise(batch[name].to(statistics.device), statistics) for name in ("obs", "next_obs"))  # (N, T, D)
-    values, next_values = (critic(x)[..., 0].cpu() for x in states)  # (N, T)
-    return torch.where(batch["mask"], gamma * torch.where(batch["terminated"], 0.0, next_values) - values, 0.0)
+def importance_weights(returns: Tensor, logprobs: Tensor) -> Tensor:
+    """Self-normalised weights (N,) of trajectories drawn with log-probability logprobs (N,), summed over time, towards
+    the non-causal model: softmax_j(r(tau_j) - log pi(tau_j)). Dynamics cancel; so does a constant in the reward."""
+    weights = (returns.double() - logprobs.double()).softmax(0)  # fp32 would round sums of 1e4 to 1e-3
+    return weights.to(torch.promote_types(returns.dtype, torch.float32))
 
 
-def actor_logprobs(
-    policy: ActorCritic, actor: dict[str, Tensor], batch: dict[str, Tensor], statistics: Tensor
-) -> Tensor:
-    """log pi(a|s) (N, T) under a stored policy's actor, 0 where no step was taken."""
-    obs = normalise(batch["obs"].to(statistics.device), statistics)  # (N, T, D)
-    actor = {name: x.to(obs.device) for name, x in actor.items()}  # those of a checkpoint are on the CPU
-    outputs = torch.func.functional_call(policy.actor, actor, obs).cpu()
-    return torch.where(batch["mask"], action_logprobs(outputs, batch["act"], policy.discrete), 0.0)
+def remember(replay: Tensor, transitions: Tensor) -> Tensor:
+    """A replay memory (u, 2), distinct transitions (s * A + a) * (S + 1) + s' with how often they were seen, after the
+    transitions (n,) were seen too."""
+    keys, place = torch.unique(torch.cat([replay[:, 0], transitions]), return_inverse=True)
+    counts = torch.cat([replay[:, 1], torch.ones_like(transitions)])
+    return torch.stack([keys, torch.zeros_like(keys).index_add_(0, place, counts)], 1)
+
+
+def soft_q_step(q: Tensor, reward: Tensor, replay: Tensor, gamma: float, rate: float) -> Tensor:
+    """Soft Q-learning on a replay memory (u, 2): Q_t(s, a) moves towards the mean of r + gamma V_t+1(s'), from the last
+    step t to the first, so that what a step learned is used for the one before it. Dynamics are the same at every step:
+    each transition teaches all of them, under the newest reward, or an action that was once worse would never be tried
+    again. s' = S is an end. Returns the new Q (H, S, A)."""
+    q, (H, S, A) = q.clone(), q.shape
+    rows, columns = replay[:, 0] // (S + 1), replay[:, 0] % (S + 1)  # (u,)
+    counts = torch.bincount(rows, replay[:, 1].double(), S * A)  # (S*A,)
+    share = replay[:, 1] / counts[rows]  # (u,)
+    value = q.new_zeros(S + 1)  # after the last step, and after an end
+    for t in reversed(range(H)):
+        following = torch.bincount(rows, share * value[columns], S * A).view(S, A)
+        q[t] += torch.where(counts.view(S, A) > 0, rate * (reward + gamma * following - q[t]), 0.0)
+        value[:S] = q[t].logsumexp(1)
+    return q
+
+
+def value_differences(values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """(S+1, N) -> gamma V(s') - V(s) (S, N), whose discounted sum over L steps is gamma^L V(end) - V(start)."""
+    return gamma * torch.where(terminated, 0.0, values[1:]) - values[:-1]
+
+
+def segment_sums(x: Tensor, length: int) -> Tensor:
+    """(S, N) -> (segments,): sums over segments of so many steps, of the first trajectory first."""
+    return F.pad(x.t(), (0, -len(x) % length)).reshape(-1, length).sum(1)
 
 
 def gae_episodic(
@@ -607,15 +614,25 @@ def actor_critic_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss (PPO) and half the squared error of the values, each (b,). No entropy bonus: the entropy
     is in the rewards."""
-    ratio = (logprobs - old_logprobs).exp()
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages).mean()
+    unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - epsilon, 1 + epsilon) * advantages
+    policy_loss = torch.maximum(unclipped, clipped).mean()
     value_loss = 0.5 * (values - returns).square().mean()
-    stats = {"losses/policy_loss": policy_loss.detach(), "losses/value_loss": value_loss.detach()}
-    return policy_loss + value_loss, stats
+    stats = {
+        "losses/policy_loss": policy_loss, "losses/value_loss": value_loss,
+        "policy/approxkl_avg": (ratio - 1 - log_ratio).mean(),  # k3: how far the policy is from the rollout's
+        "policy/clipfrac_avg": (clipped > unclipped).float().mean(),
+    }  # fmt: skip
+    return policy_loss + value_loss, {name: x.detach() for name, x in stats.items()}
 
 
 # ---- trajectories ----------------------------------------------------------------------------------------------------
+
+
+# Seeds of the environments' episodes; those of training count from 0.
+EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
 
 
 def sample_table(
@@ -649,125 +666,21 @@ def visit_counts(states: Tensor, actions: Tensor, mask: Tensor, gamma: float, sh
     return torch.bincount(index, discounts.flatten(), math.prod(shape)).view(shape) / len(mask)
 
 
-def space_actions(squashed: Tensor, space: Box) -> Tensor:
-    """Actions of the space from actions in [-1, 1]."""
-    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return low + (squashed + 1) / 2 * (high - low)
-
-
-@torch.no_grad()
-def sample_control(
-    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, first_seed: int, mode: str,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """One episode in each environment: obs and next_obs (N, T, D), raw; act (N, T) or (N, T, D); logprobs, stored when
-    acting; true rew, mask, terminated and truncated (N, T). Environment n starts from seed first_seed + n: no
-    environment keeps a state between calls. An episode that is cut off at the horizon is truncated."""
-    N, space, device = len(envs), envs[0].action_space, statistics.device
-    obs = np.stack([env.reset(seed=first_seed + n)[0] for n, env in enumerate(envs)]).astype(np.float32)  # (N, D)
-    live, steps = np.arange(N), []
-    for t in range(horizon):
-        inputs = normalise(torch.from_numpy(obs[live]).to(device), statistics)
-        outputs = policy.actor(inputs).cpu()
-        actions = choose_actions(outputs, policy.discrete, mode, generator)  # (n,) or (n, D)
-        to_env = actions if policy.discrete else space_actions(actions.tanh(), space)
-        step = {
-            "obs": torch.zeros(N, *obs.shape[1:]), "next_obs": torch.zeros(N, *obs.shape[1:]),
-            "act": actions.new_zeros(N, *actions.shape[1:]), "logprobs": torch.zeros(N), "rew": torch.zeros(N),
-            **{name: torch.zeros(N, dtype=torch.bool) for name in ("mask", "terminated", "truncated")},
-        }  # fmt: skip
-        step["obs"][live], step["mask"][live] = torch.from_numpy(obs[live]), True
-        step["act"][live], step["logprobs"][live] = actions, action_logprobs(outputs, actions, policy.discrete)
-        for n, action in zip(live, to_env.numpy()):
-            obs[n], step["rew"][n], terminated, truncated, _ = envs[n].step(action)
-            step["terminated"][n] = bool(terminated)
-            step["truncated"][n] = bool(truncated or t == horizon - 1) and not terminated
-        step["next_obs"][live] = torch.from_numpy(obs[live])
-        if not np.isfinite(obs[live]).all():
-            bad_input(f"--env-id: an observation of the environment is not finite in step {t + 1} of an episode")
-        live = live[~(step["terminated"] | step["truncated"])[live].numpy()]
-        steps.append(step)
-        if len(live) == 0:
-            break
-    return {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}
-
-
-def unit_actions(actions: Tensor, space: Box) -> Tensor:
-    """The inverse of space_actions."""
-    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return ((actions - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
-
-
-def policy_step(
-    policy: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], rewards: Tensor,
-    statistics: Tensor, gamma: float, gae_lambda: float, epochs: int, minibatch_size: int, epsilon: float,
-    max_grad_norm: float, generator: torch.Generator,
-) -> dict[str, float]:
-    """One step of max-ent RL at temperature 1 on the trajectories (N, T): the actor-critic's rewards are r - log pi."""
-    device, mask = statistics.device, batch["mask"]
-    obs, next_obs = (normalise(batch[name].to(device), statistics) for name in ("obs", "next_obs"))  # (N, T, D)
-    with torch.no_grad():
-        values, next_values = (policy.critic(x)[..., 0].cpu() for x in (obs, next_obs))  # (N, T)
-    rewards = torch.where(mask, rewards - batch["logprobs"], 0.0)  # (N, T)
-    columns = (rewards, values, next_values, batch["terminated"], batch["truncated"])
-    advantages, returns = (x.t() for x in gae_episodic(*(x.t() for x in columns), gamma, gae_lambda))  # (N, T)
-    explained = 1 - (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
-    data = [x[mask].to(device) for x in (obs.cpu(), batch["act"], batch["logprobs"], advantages, returns)]
-    sums, count = {}, 0
-    for _ in range(epochs):
-        for rows in torch.randperm(len(data[0]), generator=generator).split(minibatch_size):
-            if len(rows) < 2:
-                continue  # one advantage has no standard deviation
-            mb_obs, mb_act, mb_logprobs, mb_advantages, mb_returns = (x[rows.to(device)] for x in data)
-            logprobs = action_logprobs(policy.actor(mb_obs), mb_act, policy.discrete)  # (b,)
-            loss, stats = actor_critic_loss(
-                logprobs, mb_logprobs, mb_advantages, policy.critic(mb_obs)[:, 0], mb_returns, epsilon
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-            optimizer.step()
-            count += 1
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-    means = {name: total / count for name, total in sums.items()}
-    return {**means, "losses/explained_variance": explained.item()}
-
-
-def join_batches(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Trajectories of several iterations as one batch, filled up with zeros to the longest."""
-    longest = max(batch["mask"].shape[1] for batch in batches)
-    return {
-        name: torch.cat([
-            torch.cat([x[name], x[name].new_zeros(len(x[name]), longest - x[name].shape[1], *x[name].shape[2:])], 1)
-            for x in batches
-        ])
-        for name in batches[0]
-    }  # fmt: skip
-
-
-def segment_sums(x: Tensor, length: int) -> Tensor:
-    """(N, T) -> (segments,): sums over segments of so many steps, of the first trajectory first."""
-    return F.pad(x, (0, -x.shape[1] % length)).reshape(-1, length).sum(1)
-
-
-# Seeds of the environments' episodes; those of training count from 0.
-EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS = (k * 10**8 for k in range(1, 5))
-
-
 def table_demonstrations(
     table: dict, path: str | None, num_demos: int | None, reward_scale: float, gamma: float, horizon: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Visits (S, A) to learn from, and the expert's own: they differ where num_demos episodes are drawn from it."""
     S, A = table["reward"].shape
     if path is not None:
-        demos = load_demos(path, num_demos, Discrete(S), Discrete(A))
+        demos, _ = load_demos(path, num_demos, Discrete(S), Discrete(A))
         obs, act, mask = demos["obs"].long(), demos["act"].long(), demos["mask"]
         if mask.shape[1] > horizon:
             bad_input(f"--demos {path} has an episode of {mask.shape[1]} steps, and --horizon is {horizon}")
         visits = visit_counts(obs, act, mask, gamma, (S, A))
         return visits, visits
-    policy, _ = soft_value_iteration(reward_scale * table["reward"], table["transition"], gamma, horizon)
+    policy, _ = soft_value_iteration(
+        reward_scale * table["reward"], table["transition"], gamma, horizon, table["ended"]
+    )
     visits = occupancy(policy, table["transition"], table["initial"], gamma)
     if num_demos is None:
         return visits, visits
@@ -776,39 +689,113 @@ def table_demonstrations(
     return visit_counts(demos["obs"], demos["act"], demos["mask"], gamma, (S, A)), visits
 
 
+def space_actions(actions: Tensor, space: gymnasium.Space) -> Tensor:
+    """Actions of the space from indices, or from actions in [-1, 1]."""
+    if isinstance(space, Discrete):
+        return actions
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return low + (actions + 1) / 2 * (high - low)
+
+
+def unit_actions(actions: Tensor, space: gymnasium.Space) -> Tensor:
+    """The inverse of space_actions."""
+    if isinstance(space, Discrete):
+        return actions.long()
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return ((actions - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
+
+
+@torch.no_grad()
+def rollout(
+    envs: gymnasium.vector.VectorEnv, policy: nn.Module, statistics: Tensor, steps: int, seed: int, mode: str,
+    generator: torch.Generator, one_episode: bool = False,
+) -> dict[str, Tensor]:
+    """S steps of N environments from a reset with this seed: no state is kept between calls. obs (S+1, N, D), raw; act
+    (S, N) or (S, N, A), as selected; logprobs, stored when acting; true rew, mask, terminated, truncated (S, N).
+    obs[t+1] is what step t led to: at the end of an episode its last observation, before any reset.
+
+    In the step after an end Gymnasium resets and ignores the action: that is no data, so mask is False. An episode that
+    is cut off after S steps is truncated. one_episode: mask only the first of each environment; stop when all ended."""
+    space, device = envs.single_action_space, statistics.device
+    observed = [torch.tensor(envs.reset(seed=seed)[0], dtype=torch.float32)]
+    outputs, columns, live = [], [], np.ones(envs.num_envs, dtype=bool)
+    for t in range(steps):
+        outputs.append(policy(normalise(observed[-1].to(device), statistics)).cpu())  # (N, outputs)
+        actions = policy.select(outputs[-1], mode, generator)  # (N,) or (N, A)
+        obs, reward, terminated, truncated, _ = envs.step(space_actions(policy.unit(actions), space).numpy())
+        if not np.isfinite(obs).all():
+            bad_input(f"--env-id: an observation of the environment is not finite in step {t + 1} of a rollout")
+        observed.append(torch.tensor(obs, dtype=torch.float32))
+        columns.append((actions, *(torch.from_numpy(x.copy()) for x in (reward, live, terminated, truncated))))
+        live = ~(terminated | truncated) & (live | (not one_episode))
+        if not live.any() and one_episode:
+            break
+    act, rew, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (S, N), act maybe (S, N, A)
+    truncated[-1] |= ~terminated[-1]
+    logprobs = policy.logprobs(torch.stack(outputs), act)  # (S, N)
+    batch = {
+        "obs": torch.stack(observed), "act": act, "logprobs": logprobs, "rew": rew.float(), "mask": mask,
+        "terminated": terminated, "truncated": truncated,
+    }  # fmt: skip
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def mean_return_and_length(batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Mean true return and length of the first episode of each environment of a rollout: later ones may be cut off."""
+    first = batch["mask"] & (~batch["mask"]).cumsum(0).eq(0)  # (S, N)
+    return (batch["rew"] * first).sum().item() / first.shape[1], first.sum().item() / first.shape[1]
+
+
+def policy_step(
+    policy: ActorCritic, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor, old_logprobs: Tensor,
+    advantages: Tensor, returns: Tensor, epochs: int, minibatch_size: int, epsilon: float, max_grad_norm: float,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Passes over B steps in minibatches, each a gradient step of actor and critic; means of the logs over all."""
+    columns, sums, count = (obs, actions, old_logprobs, advantages, returns), {}, 0
+    for _ in range(epochs):
+        for rows in torch.randperm(len(obs), generator=generator).to(obs.device).split(minibatch_size):
+            if len(rows) < 2:
+                continue  # one advantage has no standard deviation
+            mb_obs, mb_actions, *mb = (x[rows] for x in columns)  # (b, ...)
+            mb_logprobs, mb_values = policy.logprobs(policy(mb_obs), mb_actions), policy.critic(mb_obs)[:, 0]  # (b,)
+            loss, stats = actor_critic_loss(mb_logprobs, mb[0], mb[1], mb_values, mb[2], epsilon)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+            optimizer.step()
+            count += len(rows)
+            sums = {name: sums.get(name, 0.0) + len(rows) * x for name, x in stats.items()}
+    return {name: (x / count).item() for name, x in sums.items()}
+
+
 def train_expert(
-    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, reward_scale: float, steps: int,
-    learning_rate: float, first_seed: int, generator: torch.Generator, **policy_flags,
+    envs: gymnasium.vector.VectorEnv, policy: ActorCritic, statistics: Tensor, horizon: int, steps: int,
+    first_seed: int, reward_scale: float, gamma: float, gae_lambda: float, learning_rate: float, policy_flags: dict,
+    generator: torch.Generator,
 ) -> None:
-    """Train the policy by the same max-ent RL algorithm on the true reward, times reward_scale."""
+    """The same max-ent RL on the true reward, times reward_scale: main_control's loop without a learned reward."""
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, eps=1e-5)
     bar = trange(steps, desc="expert")
     for step in bar:
-        seed = first_seed + step * len(envs)
-        batch = sample_control(envs, policy, statistics, horizon, seed, "sample", generator)
-        rewards = reward_scale * batch["rew"]
-        policy_step(policy, optimizer, batch, rewards, statistics, generator=generator, **policy_flags)
-        bar.set_postfix_str(f"return {batch['rew'].sum(1).mean():.1f}")
+        batch = rollout(envs, policy, statistics, horizon, first_seed + step * envs.num_envs, "sample", generator, True)
+        mask, ends = batch["mask"], (batch["terminated"], batch["truncated"])
+        obs, rewards = normalise(batch["obs"], statistics), reward_scale * batch["rew"] - batch["logprobs"]
+        with torch.no_grad():
+            values = policy.critic(obs)[..., 0]  # (S+1, N)
+        advantages, returns = gae_episodic(rewards, values[:-1], values[1:], *ends, gamma, gae_lambda)  # (S, N)
+        data = (x[mask] for x in (obs[:-1], batch["act"], batch["logprobs"], advantages, returns))  # (B, ...)
+        policy_step(policy, optimizer, *data, generator=generator, **policy_flags)
+        bar.set_postfix_str(f"return {mean_return_and_length(batch)[0]:.1f}")
 
 
-def sample_episodes(
-    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, count: int, first_seed: int,
-    mode: str,
-) -> dict[str, Tensor]:
-    """So many episodes, as sample_control's, by a generator of their own."""
-    generator = torch.Generator().manual_seed(first_seed)
-    return join_batches([
-        sample_control(envs[: count - start], policy, statistics, horizon, first_seed + start, mode, generator)
-        for start in range(0, count, len(envs))
-    ])  # fmt: skip
-
-
-def save_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Space) -> None:
-    """Episodes in the format of --demos."""
-    mask = batch["mask"]
-    act = batch["act"] if isinstance(action_space, Discrete) else space_actions(batch["act"].tanh(), action_space)
-    columns = {"obs": batch["obs"], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
-    np.savez(path, lengths=mask.sum(1).numpy(), **{name: x[mask].numpy() for name, x in columns.items()})
+def write_demos(path: Path, batch: dict[str, Tensor], policy: nn.Module, action_space: gymnasium.Space) -> None:
+    """A rollout of one episode each, in the format of --demos."""
+    batch = {name: x.cpu() for name, x in batch.items()}
+    mask, act = batch["mask"].t(), space_actions(policy.unit(batch["act"]), action_space)  # mask (N, S)
+    columns = {"obs": batch["obs"][:-1], "act": act, "rew": batch["rew"], "terminal": batch["terminated"]}
+    columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}
+    np.savez(path, lengths=mask.sum(1).numpy(), **columns)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -816,18 +803,19 @@ def save_demos(path: Path, batch: dict[str, Tensor], action_space: gymnasium.Spa
 
 HARD = 1e5  # times a reward: its soft-optimal policy is then the optimal one, ties evenly split
 DIAGNOSTIC_ENTRIES = 10**6  # S*A*H up to which the non-causal model is solved for diagnostics: autograd keeps each step
+DIAGNOSTIC_STEPS = 10  # from one train/gradient_cosine to the next: it takes half as long as a step
 
 
 def noncausal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
     """Visits (S, A) of the non-causal model: the gradient of its log Z."""
     reward = reward.detach().requires_grad_()
-    log_z = log_partition(reward, table["transition"], table["initial"], horizon, gamma)
+    log_z = log_partition(reward, table["transition"], table["initial"], horizon, gamma, table["ended"])
     return torch.autograd.grad(log_z, reward)[0]
 
 
 def causal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Tensor:
     """Visits (S, A) of the causal model: those of the soft-optimal policy."""
-    policy, _ = soft_value_iteration(reward, table["transition"], gamma, horizon)
+    policy, _ = soft_value_iteration(reward, table["transition"], gamma, horizon, table["ended"])
     return occupancy(policy, table["transition"], table["initial"], gamma)
 
 
@@ -856,15 +844,16 @@ def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: fl
 
 
 def evaluate_control(
-    envs: list[gymnasium.Env], policy: ActorCritic, statistics: Tensor, horizon: int, count: int, first_seed: int,
+    envs: gymnasium.vector.VectorEnv, policy: ActorCritic, statistics: Tensor, horizon: int, seed: int,
     expert_return: float, random_return: float,
 ) -> dict[str, float]:
-    """True returns of so many episodes of the policy, and of its mode."""
-    results, margin = {"expert_return": expert_return, "random_return": random_return}, expert_return - random_return
+    """True returns of an episode of the policy in each environment, and of its mode."""
+    results = {"expert_return": expert_return, "random_return": random_return}
     for suffix, mode in (("", "sample"), ("_greedy", "greedy")):
-        batch = sample_episodes(envs, policy, statistics, horizon, count, first_seed, mode)
-        results[f"return{suffix}"] = value = batch["rew"].sum(1).mean().item()
-        results[f"normalized_score{suffix}"] = (value - random_return) / margin if margin else math.nan
+        generator = torch.Generator().manual_seed(seed)  # of its own: an evaluation does not change the training
+        value, _ = mean_return_and_length(rollout(envs, policy, statistics, horizon, seed, mode, generator, True))
+        score = (value - random_return) / (expert_return - random_return or math.nan)
+        results |= {f"return{suffix}": value, f"normalized_score{suffix}": score}
     return results | {"expected_value_difference": expert_return - results["return"]}
 
 
@@ -895,22 +884,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     os.replace(aside, path)
 
 
-def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or another operation) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
-
-
-def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tuple[Path, SummaryWriter | None]:
-    """The run folder, and on the first process TensorBoard's writer; a new folder gets its args.json."""
-    main_process = not dist.is_initialized() or dist.get_rank() == 0
-    run_time = all_reduce(torch.tensor(time.time() * main_process, dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    if not main_process:
-        return run_dir, None
+def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
+    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
     if args.resume is not None:
-        return run_dir, SummaryWriter(run_dir, purge_step=first_step + 1)
+        return SummaryWriter(run_dir, purge_step=first_step + 1)
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -920,7 +897,7 @@ def open_run(args: Args, task: str, first_step: int, device: torch.device) -> tu
     writer = SummaryWriter(run_dir)
     rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
     writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return run_dir, writer
+    return writer
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -972,7 +949,7 @@ def choose_device(args: Args) -> torch.device:
 
 
 def check_irl_args(args: Args) -> tuple[dict, dict | None]:
-    """Whatever the flags alone show to be wrong; --env-kwargs and --transfer as objects."""
+    """Whatever the flags alone show to be wrong; --env-kwargs, with --map-size's map, and --transfer as objects."""
     check_ranges(
         args, ["save_steps", "map_size", "num_demos", "reward_scale", "hidden_size", "horizon", "exact_tolerance",
                "exact_steps", "max_steps", "eval_steps", "eval_episodes", "num_trajectories", "learning_rate",
@@ -980,6 +957,7 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
                "minibatch_size", "epsilon", "max_grad_norm", "expert_steps"],
         ["seed", "min_lr_rate", "gae_lambda", "reward_l2", "segment_length"],
     )  # fmt: skip
+    # Seeds of episodes count from --seed * 10**9, and must fit 63 bits; one advantage has no standard deviation
     if args.seed >= 2**33 or args.minibatch_size < 2:
         bad_input(f"--seed {args.seed} must be below 2**33, and --minibatch-size {args.minibatch_size} at least 2")
     if args.gamma is not None and not 0 < args.gamma <= 1:
@@ -994,27 +972,14 @@ def check_irl_args(args: Args) -> tuple[dict, dict | None]:
             bad_input(f"{flag} {text} is not JSON ({error})")
         if not isinstance(parsed[-1], (dict, type(None))):
             bad_input(f"{flag} {text} is not a JSON object")
-    return parsed[0] or {}, parsed[1]
+    env_kwargs, transfer = parsed[0] or {}, parsed[1]
+    if args.map_size is not None:
+        if not (args.env_id or "").startswith("FrozenLake") or args.map_size < 2:
+            bad_input(f"--map-size {args.map_size} draws maps of FrozenLake, of side 2 and more: --env-id must name it")
+        from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
-
-def catch_ctrl_c() -> list[int]:
-    """A list that the first Ctrl-C is put into, to be heard after the step. A second one interrupts at once."""
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        interrupts.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    return interrupts
-
-
-def end_training(interrupts: list[int], done: int, max_steps: int, run_dir: Path) -> None:
-    """Give Ctrl-C its usual meaning back, and stop here if it was heard before the last step."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts and done < max_steps:
-        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
-        raise SystemExit(130)
+        env_kwargs = {"desc": generate_random_map(args.map_size, seed=args.seed), **env_kwargs}
+    return env_kwargs, transfer
 
 
 def reward_step(
@@ -1074,7 +1039,7 @@ def fit_exact(
         entries.retain_grad()
         rewards = reward_of_table(entries, inputs, table["arrival"], target_visits.shape[1])  # (S, A)
         with torch.no_grad():
-            policy, values = soft_value_iteration(rewards, table["transition"], gamma, horizon)
+            policy, values = soft_value_iteration(rewards, table["transition"], gamma, horizon, table["ended"])
             difference = occupancy(policy, table["transition"], table["initial"], gamma) - target_visits  # (S, A)
         penalty = reward_l2 * entries.square().sum()
         ((difference * rewards).sum() + penalty).backward()  # not the objective, but its gradient
@@ -1099,7 +1064,8 @@ def fit_exact(
 def main_table(
     args: Args, table: dict, other: dict | None, horizon: int, state: dict | None, start_time: float
 ) -> dict[str, float]:
-    """With a table: dynamic programming, and Guided Cost Learning with soft Q-learning for the policy."""
+    """With a table: dynamic programming, and Guided Cost Learning with soft Q-learning for the policy. What stands in
+    policy.safetensors are the soft-optimal policies (H, S, A) of the learned rewards, not the sampler's."""
     # ---- set-up
     S, A = table["reward"].shape
     gamma, N = args.gamma or 1.0, args.num_trajectories or 512
@@ -1118,22 +1084,18 @@ def main_table(
     for name in estimators:
         torch.manual_seed(args.seed)
         modules[name] = TableReward(model, seen, args.hidden_size)
-    first_step, seconds_before = (state["step"], state["seconds"]) if state else (0, 0.0)
-    run_dir, writer = open_run(args, args.env_id or "lecture", first_step, torch.device("cpu"))
+    task = args.env_id or "lecture"
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    writer = open_run(args, run_dir, state["step"] if state is not None else 0)
 
     # ---- exact: the causal model
-    if "exact" in estimators and state:
-        modules["exact"].load_state_dict(state["exact_reward"])
-    elif "exact" in estimators:
+    if "exact" in estimators and state is None:
         loss, gap = fit_exact(
             modules["exact"], inputs, target_visits, table, gamma, horizon, reward_l2, args.exact_tolerance,
             args.exact_steps,
         )  # fmt: skip
         writer.add_scalar("exact/loss", loss, 0)
         writer.add_scalar("exact/gradient_max", gap, 0)
-        save_checkpoint(run_dir / "checkpoint.pt", {
-            "step": 0, "exact_reward": modules["exact"].state_dict(), "seconds": time.time() - start_time,
-        })  # fmt: skip
 
     # ---- sampled: the non-causal model, by Guided Cost Learning. Q starts at what it is without a reward, the entropy
     # log A of each later step: at 0, whatever was tried first would look better than the rest
@@ -1141,26 +1103,44 @@ def main_table(
     q = (math.log(A) * left)[:, None, None].expand(-1, S, A)  # (H, S, A)
     replay = torch.zeros(0, 2, dtype=torch.long)
     stored: list[tuple[Tensor, dict]] = []  # the last policies' Q, each with its trajectories
-    env_steps, generator = 0, torch.Generator().manual_seed(args.seed)
-    reward = modules.get("sampled")
-    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr) if reward else None
-    if first_step:
-        reward.load_state_dict(state["reward"])
+    reward, generator = modules[estimators[-1]], torch.Generator().manual_seed(args.seed)  # exact alone: of no use
+    optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
+    first_step, env_steps, seconds_before = 0, 0, 0.0
+    if state is not None:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
-        q, replay, stored, env_steps = state["q"], state["replay"], state["stored"], state["env_steps"]
+        q, replay, stored = state["q"], state["replay"], state["stored"]
+        first_step, env_steps, seconds_before = state["step"], state["env_steps"], state["seconds"]
     next_states, next_logprobs = successors(table["transition"])  # (S*A, K)
     discounts = gamma ** torch.arange(horizon, dtype=torch.float64)  # (H,)
     solvable = S * A * horizon <= DIAGNOSTIC_ENTRIES
-    interrupts, done = catch_ctrl_c(), first_step
+    done = first_step
+
+    def save() -> None:
+        save_checkpoint(run_dir / "checkpoint.pt", {
+            "step": done, **{name: module.state_dict() for name, module in modules.items()},
+            "optimizer": optimizer.state_dict(), "q": q, "replay": replay, "stored": stored,
+            "generator": generator.get_state(), "env_steps": env_steps,
+            "seconds": seconds_before + time.time() - start_time,
+        })  # fmt: skip
+
+    if state is None:  # what comes before the loop may have taken long
+        save()
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        """The first Ctrl-C is heard after the step, a second one at once."""
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
     bar = trange(first_step, max_steps, initial=first_step, total=max_steps, desc="sampled", disable=not max_steps)
     for step in bar:
-        if interrupts:
-            break
         # ---- rollout
         step_start = time.time()
         batch = sample_table(q.softmax(2), next_states, next_logprobs, table["initial"], N, generator)  # (N, H) each
-        env_steps += int(batch["mask"].sum())
         stored = [*stored, (q, batch)][-args.fusion_iterations :]
 
         # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016)
@@ -1177,16 +1157,16 @@ def main_table(
         penalty = reward_l2 * entries.square().sum()
         loss = (weights * returns).sum() - expert_reward + penalty
         logs = {}
-        if solvable:  # what its gradient would be with the exact visits of the non-causal model
+        if solvable and step % DIAGNOSTIC_STEPS == 0:  # against the exact visits of the non-causal model
+            diagnostic_start, parameters = time.time(), list(reward.parameters())
             difference = noncausal_visits(learned, table, gamma, horizon) - target_visits  # (S, A)
-            exact_loss = (difference * learned).sum() + penalty
-            exact_gradient = torch.autograd.grad(exact_loss, list(reward.parameters()), retain_graph=True)
+            losses = loss, (difference * learned).sum() + penalty
+            both = [torch.autograd.grad(x, parameters, retain_graph=True) for x in losses]
+            both = (torch.cat([x.flatten() for x in gradient]) for gradient in both)
+            logs["train/gradient_cosine"] = F.cosine_similarity(*both, 0).item()
+            step_start += time.time() - diagnostic_start  # no part of the step's time
         lr = peak_lr * lr_factor(step, max_steps, 0, args.lr_scheduler_type, args.min_lr_rate)
         grad_norm = reward_step(reward, optimizer, loss, lr, run_dir, step)
-        if solvable:
-            gradient = [p.grad for p in reward.parameters()]
-            both = (torch.cat([x.flatten() for x in gradients]) for gradients in (gradient, exact_gradient))
-            logs["train/gradient_cosine"] = F.cosine_similarity(*both, 0).item()
 
         # ---- policy: a step of soft Q-learning on the new reward
         states, actions, arrived = (batch[name][batch["mask"]] for name in ("obs", "act", "next_obs"))  # (n,)
@@ -1196,44 +1176,46 @@ def main_table(
             q = soft_q_step(q, learned, replay, gamma, args.soft_q_rate)
 
         # ---- log
-        true_return = (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum().item() / N
+        done, env_steps = step + 1, env_steps + len(states)
+        episodic_return = (table["reward"][batch["obs"], batch["act"]] * discounts * batch["mask"]).sum().item() / N
         size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to M
         logs |= {
             "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_reward.item(),
             "train/policy_reward": returns.mean().item(), "train/effective_sample_size": size,
             "train/effective_sample_share": size / len(weights),
-            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(), "charts/episodic_return": true_return,
-            "charts/episodic_length": batch["mask"].sum().item() / N, "charts/env_steps": env_steps,
-            "charts/learning_rate": lr, "charts/SPS": batch["mask"].sum().item() / (time.time() - step_start),
+            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(),
+            "charts/episodic_return": episodic_return, "charts/episodic_length": len(states) / N,
+            "charts/env_steps": env_steps, "charts/learning_rate": lr,
+            "charts/SPS": len(states) / (time.time() - step_start),
         }  # fmt: skip
-        for name, value in logs.items():
-            writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"return {true_return:.2f}, effective samples {size:.1f}")
+        for name, x in logs.items():
+            writer.add_scalar(name, x, done)
+        bar.set_postfix_str(f"return {episodic_return:.2f}, effective samples {size:.1f}")
 
         # ---- evaluate, save
-        done = step + 1
         if done % args.eval_steps == 0 and done < max_steps:
-            for name, value in evaluate_table(learned, table, expert_visits, gamma, horizon).items():
-                writer.add_scalar(f"eval/{name}", value, done)
-        if done % args.save_steps == 0 or done == max_steps or interrupts:
-            save_checkpoint(run_dir / "checkpoint.pt", {
-                "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(), "q": q,
-                "replay": replay, "stored": stored, "generator": generator.get_state(), "env_steps": env_steps,
-                "exact_reward": modules["exact"].state_dict() if "exact" in modules else None,
-                "seconds": seconds_before + time.time() - start_time,
-            })  # fmt: skip
+            for name, x in evaluate_table(learned, table, expert_visits, gamma, horizon).items():
+                writer.add_scalar(f"eval/{name}", x, done)
+        interrupted = bool(interrupts)
+        if done % args.save_steps == 0 or done == max_steps or interrupted:
+            save()
+        if interrupted:
+            break
     bar.close()
-    end_training(interrupts, done, max_steps, run_dir)
+    signal.signal(signal.SIGINT, old_handler)
+    if done < max_steps:
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        raise SystemExit(130)
 
     # ---- the last evaluation, maps, results
     found, rewards, policies = {}, {}, {}
-    metrics = {"seed": args.seed, "env_steps": env_steps, "wall_seconds": seconds_before + time.time() - start_time}
+    metrics = {"seed": args.seed, "env_steps": env_steps}
     with torch.no_grad():
         for name, module in modules.items():
             entries = module()  # (S, outputs)
             rewards[name] = learned = reward_of_table(entries, inputs, table["arrival"], A)  # (S, A)
             rewards[f"{name}_entries"] = entries.clone()  # what other dynamics need
-            policies[name], _ = soft_value_iteration(learned, table["transition"], gamma, horizon)  # (H, S, A)
+            policies[name], _ = soft_value_iteration(learned, table["transition"], gamma, horizon, table["ended"])
             found[name] = evaluate_table(learned, table, expert_visits, gamma, horizon)
             if other is not None:  # the same entries under other dynamics
                 moved = reward_of_table(entries, inputs, other["arrival"], A)
@@ -1242,9 +1224,8 @@ def main_table(
                 visits = occupancy(policies[name], other["transition"], other["initial"], gamma)
                 results["old_policy_return"] = (visits * other["reward"]).sum().item()
                 metrics |= {f"transfer/{name}/{key}": value for key, value in results.items()}
-                print(f"{name}, under {args.transfer}: the old policy returns {results['old_policy_return']:.4g}, the "
-                      f"learned reward's soft-optimal one {results['return']:.4g}, its optimal one "
-                      f"{results['optimal_return']:.4g}, the best possible {results['best_return']:.4g}")
+                shown = ("old_policy_return", "return", "optimal_return", "best_return")
+                print(f"{name}, under {args.transfer}:", ", ".join(f"{key} {results[key]:.4g}" for key in shown))
             panels = {
                 "true reward": table["cell_reward"],
                 f"learned reward ({name})": entries[:, 0] if inputs == "next_state" else learned.mean(1),
@@ -1257,167 +1238,209 @@ def main_table(
         apart = (causal_visits(r, table, gamma, horizon) - noncausal_visits(r, table, gamma, horizon)).sum(1)  # (S,)
         metrics["eval/causal_gap"] = apart.abs().sum().item()
         print(f"visits of the causal and the non-causal model differ by {metrics['eval/causal_gap']:.3g} in all")
+    metrics["wall_seconds"] = seconds_before + time.time() - start_time
     return finish_run(run_dir, writer, done, found, metrics, rewards, policies)
 
 
 def main_control(
     args: Args, env_kwargs: dict, horizon: int, device: torch.device, state: dict | None, start_time: float
 ) -> dict[str, float]:
-    """Without a table: Guided Cost Learning with an actor-critic for the policy."""
+    """Without a table: Guided Cost Learning with an actor-critic for the policy, saved as it is at the end."""
     # ---- set-up
     gamma, N = args.gamma or 0.99, args.num_trajectories or 16
     inputs, peak_lr = args.reward_inputs or "state_action", args.learning_rate or 1e-3
     reward_l2 = 0.01 if args.reward_l2 is None else args.reward_l2
-    envs = [make_env(args.env_id, env_kwargs, args.map_size, args.seed) for _ in range(N)]
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    check_spaces(args.env_id, obs_space, action_space)
-    demos = load_demos(args.demos, args.num_demos, obs_space, action_space) if args.demos is not None else None
-    if demos is not None and demos["mask"].shape[1] > horizon:
-        bad_input(f"--demos {args.demos} has an episode of {demos['mask'].shape[1]} steps, and --horizon is {horizon}")
-    D, num_actions = obs_space.shape[0], int(action_space.n) if isinstance(action_space, Discrete) else None
-    update = {
-        "gamma": gamma, "gae_lambda": args.gae_lambda, "epochs": args.update_epochs, "epsilon": args.epsilon,
-        "minibatch_size": args.minibatch_size, "max_grad_norm": args.max_grad_norm,
-    }
-    generator, seeds = torch.Generator().manual_seed(args.seed), args.seed * 10**9
+    segment_length = 10 if args.segment_length is None else args.segment_length
+    envs, eval_envs = (make_envs(args.env_id, count, **env_kwargs) for count in (N, args.eval_episodes))
+    spaces = envs.single_observation_space, envs.single_action_space
+    check_spaces(args.env_id, *spaces)
+    num_actions = int(spaces[1].n) if isinstance(spaces[1], Discrete) else None
+    if args.demos is not None:
+        demos, expert_return = load_demos(args.demos, args.num_demos, *spaces)
+        longest = demos["mask"].shape[1]
+        if longest > horizon:
+            bad_input(f"--demos {args.demos} has an episode of {longest} steps, and --horizon is {horizon}")
+    run_dir = Path(args.resume or f"{args.output_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    writer = open_run(args, run_dir, state["step"] if state is not None else 0)
+
     torch.manual_seed(args.seed)  # of the networks
-    policy = ActorCritic(D, action_space, args.hidden_size).to(device)
-    width = D if inputs == "state" else D + (num_actions or action_space.shape[0])
+    generator, first_seed = torch.Generator().manual_seed(args.seed), args.seed * 10**9
+    D, A = spaces[0].shape[0], num_actions or spaces[1].shape[0]
+    policy = ActorCritic(D, spaces[1], args.hidden_size).to(device)
+    width = D if inputs == "state" else D + A
     reward = (nn.Linear(width, 1) if args.reward_model == "linear" else mlp(width, 1, args.hidden_size, 0.1)).to(device)
-    first_step, seconds_before = (state["step"], state["seconds"]) if state else (0, 0.0)
-    run_dir, writer = open_run(args, args.env_id, first_step, device)
-
-    # ---- demonstrations, and the normaliser: an expert's angles hardly vary, so uniform actions' states count too
-    count = args.eval_episodes
-    statistics = torch.stack([torch.zeros(D), torch.ones(D)]).to(device)  # (2, D)
-    uniform = sample_episodes(envs, policy, statistics, horizon, count, seeds + UNIFORM_SEEDS, "uniform")
-    random_return, seen = uniform["rew"].sum(1).mean().item(), uniform["obs"][uniform["mask"]]  # seen (steps, D)
-    statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
-    if demos is None and state is None:
-        expert = ActorCritic(D, action_space, args.hidden_size).to(device)
-        train_expert(
-            envs, expert, statistics, horizon, args.reward_scale, args.expert_steps, args.policy_learning_rate,
-            seeds + EXPERT_SEEDS, generator, **update,
-        )
-        made = sample_episodes(envs, expert, statistics, horizon, args.num_demos or 10, seeds + DEMO_SEEDS, "sample")
-        save_demos(run_dir / "demos.npz", made, action_space)
-    if demos is None:
-        demos = load_demos(str(run_dir / "demos.npz"), None, obs_space, action_space)
-    expert_return = math.nan if demos["rew"] is None else demos["rew"].sum(1).mean().item()
-    mask = demos["mask"]
-    seen = torch.cat([seen, demos["obs"][mask].float()])
-    statistics = torch.stack([seen.mean(0), seen.std(0) + 1e-6]).to(device)
-    expert_actions = demos["act"].long() if num_actions else unit_actions(demos["act"], action_space)
-    expert_obs = normalise(demos["obs"][mask].to(device), statistics)  # (steps, D)
-    expert_features = step_features(expert_obs, expert_actions[mask].to(device), inputs, num_actions)  # (steps, F)
-    evaluation = {
-        "envs": envs, "policy": policy, "statistics": statistics, "horizon": horizon, "count": count,
-        "first_seed": seeds + EVAL_SEEDS, "expert_return": expert_return, "random_return": random_return,
-    }
-
-    # ---- reward, policy, checkpoint
     optimizer = torch.optim.Adam(reward.parameters(), lr=peak_lr)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)
+    policy_flags = {
+        "epochs": args.update_epochs, "minibatch_size": args.minibatch_size, "epsilon": args.epsilon,
+        "max_grad_norm": args.max_grad_norm,
+    }
+
+    # ---- demonstrations
+    if state is None:
+        statistics = torch.stack([torch.zeros(D), torch.ones(D)]).to(device)  # (2, D)
+        seed = first_seed + UNIFORM_SEEDS
+        uniform = rollout(eval_envs, policy, statistics, horizon, seed, "uniform", generator, True)
+        uniform_obs = uniform["obs"][:-1][uniform["mask"]]  # (steps, D)
+        statistics = observation_statistics(uniform_obs, uniform_obs)
+        if args.demos is None:
+            expert = ActorCritic(D, spaces[1], args.hidden_size).to(device)
+            train_expert(
+                envs, expert, statistics, horizon, args.expert_steps, first_seed + EXPERT_SEEDS, args.reward_scale,
+                gamma, args.gae_lambda, args.policy_learning_rate, policy_flags, generator,
+            )
+            demo_envs = make_envs(args.env_id, max(args.num_demos or 10, args.eval_episodes), **env_kwargs)
+            seed = first_seed + DEMO_SEEDS
+            batch = rollout(demo_envs, expert, statistics, horizon, seed, "sample", generator, True)
+            demo_envs.close()
+            write_demos(run_dir / "demos.npz", batch, expert, spaces[1])
+    if args.demos is None:
+        demos, expert_return = load_demos(str(run_dir / "demos.npz"), args.num_demos or 10, *spaces)
+    expert_mask = demos["mask"]
+    expert_obs = demos["obs"][expert_mask].to(device)  # (n, D)
+    expert_actions = unit_actions(demos["act"][expert_mask], spaces[1]).to(device)  # (n,) or (n, A)
+
+    # ---- normaliser, or the state of a checkpoint
     stored: list[tuple[dict, dict]] = []  # the last policies' actors, each with its trajectories
-    env_steps = 0
-    if state:
+    env_steps, first_step, seconds_before = 0, 0, 0.0
+    if state is None:
+        # Fixed before training, as rewards and stored log-probabilities are. The expert's observations alone hardly
+        # vary where it is good (a pole's angle), so those of uniform actions count as much.
+        statistics = observation_statistics(expert_obs, uniform_obs)
+        random_return, _ = mean_return_and_length(uniform)
+    else:
         reward.load_state_dict(state["reward"])
         optimizer.load_state_dict(state["optimizer"])
         policy.load_state_dict(state["policy"])
         policy_optimizer.load_state_dict(state["policy_optimizer"])
         generator.set_state(state["generator"])
-        stored, env_steps = state["stored"], state["env_steps"]
-    segment_length = 10 if args.segment_length is None else args.segment_length
-    done = first_step
+        statistics, random_return = state["statistics"].to(device), state["random_return"]
+        stored = [tuple({name: x.to(device) for name, x in part.items()} for part in pair) for pair in state["stored"]]
+        first_step, env_steps, seconds_before = state["step"], state["env_steps"], state["seconds"]
+
+    def features(obs: Tensor, actions: Tensor) -> Tensor:
+        """What the reward sees of normalised observations (..., D) and of indices or actions in [-1, 1]."""
+        return obs if inputs == "state" else pair_features(obs, actions, num_actions)  # (..., F)
+
+    expert_features = features(normalise(expert_obs, statistics), expert_actions)  # (n, F)
+    evaluation = eval_envs, policy, statistics, horizon, first_seed + EVAL_SEEDS, expert_return, random_return
 
     def save() -> None:
         save_checkpoint(run_dir / "checkpoint.pt", {
             "step": done, "reward": reward.state_dict(), "optimizer": optimizer.state_dict(),
             "policy": policy.state_dict(), "policy_optimizer": policy_optimizer.state_dict(), "stored": stored,
-            "generator": generator.get_state(), "env_steps": env_steps,
-            "seconds": seconds_before + time.time() - start_time,
+            "generator": generator.get_state(), "statistics": statistics, "random_return": random_return,
+            "env_steps": env_steps, "seconds": seconds_before + time.time() - start_time,
         })  # fmt: skip
 
+    done = first_step
     if state is None:  # what comes before the loop may have taken long
         save()
-    interrupts = catch_ctrl_c()
-    bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps)
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        """The first Ctrl-C is heard after the step, a second one at once."""
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, desc="sampled")
     for step in bar:
-        if interrupts:
-            break
         # ---- rollout
         step_start = time.time()
-        batch = sample_control(envs, policy, statistics, horizon, seeds + step * N, "sample", generator)  # (N, T) each
-        env_steps += int(batch["mask"].sum())
-        actor = {name: x.clone() for name, x in policy.actor.state_dict().items()}
+        batch = rollout(envs, policy, statistics, horizon, first_seed + step * N, "sample", generator, True)
+        episodic_return, episodic_length = mean_return_and_length(batch)
+        batch["obs"] = normalise(batch["obs"], statistics)  # (S+1, N, D), once for all that follows
+        mask, ends = batch["mask"], (batch["terminated"], batch["truncated"])  # (S, N)
+        S = len(mask)
+        actor = {name: x.clone() for name, x in policy.state_dict().items() if name.startswith("actor")}
         stored = [*stored, (actor, batch)][-args.fusion_iterations :]
 
         # ---- weights: of the samples of all stored policies, drawn from their mixture (Finn et al. 2016; of segments,
         # whose log-probabilities are discounted, the mixture is an approximation)
-        samples = join_batches([x for _, x in stored])  # M = policies x N trajectories
-        M, T = samples["mask"].shape
-        rewards = step_rewards(reward, samples, statistics, inputs, num_actions)  # (M, T)
+        samples = {key: nn.utils.rnn.pad_sequence([x[key] for _, x in stored]).flatten(1, 2) for key in batch}
+        obs, act, real = samples["obs"], samples["act"], samples["mask"]  # (T+1, M, D), (T, M, ...): M = policies x N
+        T, M = real.shape
+        all_features = features(obs[:-1], policy.unit(act))  # (T, M, F)
+        rewards = reward(all_features)[..., 0]  # (T, M)
         with torch.no_grad():
+            values = policy.critic(obs)[..., 0]  # (T+1, M)
             scores, discount = rewards.detach(), 1.0
             if segment_length:  # with what the steps before a segment and behind it are worth
-                scores, discount = scores + value_differences(policy.critic, samples, statistics, gamma), gamma
-            logprobs = [actor_logprobs(policy, actor, samples, statistics) for actor, _ in stored]  # (M, T) each
-        discounts = discount ** (torch.arange(T) % (segment_length or T))  # (T,)
-        real, returns, scores, *logprobs = (
-            segment_sums(x, segment_length or T)
-            for x in (samples["mask"], rewards, scores * discounts, *(x * discounts for x in logprobs))
+                scores, discount = scores + value_differences(values, samples["terminated"], gamma), gamma
+            outputs = (torch.func.functional_call(policy, actor, obs[:-1]) for actor, _ in stored)
+            logprobs = [policy.logprobs(x, act) for x in outputs]  # (T, M) each
+        length = segment_length or T
+        discounts = discount ** (torch.arange(T, device=device) % length)[:, None]  # (T, 1)
+        steps, returns, scores, *logprobs = (
+            segment_sums(torch.where(real, x, 0.0), length)
+            for x in (real, rewards, scores * discounts, *(x * discounts for x in logprobs))
         )  # (n,) each: segments
-        real = real > 0
         logprobs = torch.stack(logprobs).logsumexp(0) - math.log(len(stored))  # (n,)
-        weights = importance_weights(scores[real], logprobs[real])  # (n,)
+        weights = importance_weights(scores[steps > 0], logprobs[steps > 0])  # (n,), without segments behind an end
 
         # ---- reward: a gradient step up E_expert[r] - log Z, both of whole trajectories
-        expert_rewards = reward(expert_features)  # (steps, 1)
-        expert_reward = expert_rewards.sum().cpu() / len(mask)
-        penalty = expert_rewards.square().sum().cpu() / len(mask) + rewards.square().sum() / M
-        loss = (weights * returns[real]).sum() * len(weights) / M - expert_reward + reward_l2 * penalty
+        expert_rewards = reward(expert_features)  # (n, 1)
+        expert_reward = expert_rewards.sum() / len(expert_mask)
+        penalty = expert_rewards.square().sum() / len(expert_mask) + rewards[real].square().sum() / M
+        loss = (weights * returns[steps > 0]).sum() * len(weights) / M - expert_reward + reward_l2 * penalty
         lr_share = lr_factor(step, args.max_steps, 0, args.lr_scheduler_type, args.min_lr_rate)
         grad_norm = reward_step(reward, optimizer, loss, peak_lr * lr_share, run_dir, step)
 
-        # ---- policy: a step of max-ent RL on the new r - log pi, with this iteration's trajectories
+        # ---- advantage: of the new r - log pi, on this iteration's trajectories, which are the last ones
         with torch.no_grad():
-            rewards = step_rewards(reward, batch, statistics, inputs, num_actions)  # (N, T)
+            rewards = reward(all_features[:S, -N:])[..., 0] - batch["logprobs"]  # (S, N)
+        values = values[: S + 1, -N:]  # (S+1, N)
+        advantages, targets = gae_episodic(rewards, values[:-1], values[1:], *ends, gamma, args.gae_lambda)  # (S, N)
+        advantages, targets = advantages[mask], targets[mask]  # (B,)
+        explained = 1 - (targets - values[:-1][mask]).var() / targets.var().clamp(min=1e-8)
+
+        # ---- policy: a step of max-ent RL
+        obs, act, logprobs = batch["obs"][:-1][mask], batch["act"][mask], batch["logprobs"][mask]  # (B, ...)
         policy_optimizer.param_groups[0]["lr"] = args.policy_learning_rate * lr_share
-        logs = policy_step(policy, policy_optimizer, batch, rewards, statistics, generator=generator, **update)
+        logs = policy_step(
+            policy, policy_optimizer, obs, act, logprobs, advantages, targets, generator=generator, **policy_flags
+        )
 
         # ---- log
-        true_return = batch["rew"].sum().item() / N
+        done, env_steps = step + 1, env_steps + len(obs)
         size = weights.square().sum().reciprocal().item()  # effective sample size, 1 to n
         logs |= {
             "train/loss": loss.item(), "train/grad_norm": grad_norm, "train/expert_reward": expert_reward.item(),
             "train/policy_reward": returns.sum().item() / M, "train/effective_sample_size": size,
-            "train/effective_sample_share": size / len(weights),
-            "train/entropy": -batch["logprobs"][batch["mask"]].mean().item(), "charts/episodic_return": true_return,
-            "charts/episodic_length": batch["mask"].sum().item() / N, "charts/env_steps": env_steps,
-            "charts/learning_rate": peak_lr * lr_share,
-            "charts/SPS": batch["mask"].sum().item() / (time.time() - step_start),
+            "train/effective_sample_share": size / len(weights), "train/entropy": -logprobs.mean().item(),
+            "losses/explained_variance": explained.item(), "charts/episodic_return": episodic_return,
+            "charts/episodic_length": episodic_length, "charts/env_steps": env_steps,
+            "charts/learning_rate": peak_lr * lr_share, "charts/SPS": len(obs) / (time.time() - step_start),
         }  # fmt: skip
-        for name, value in logs.items():
-            writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"return {true_return:.2f}, effective samples {size:.1f}")
+        for name, x in logs.items():
+            writer.add_scalar(name, x, done)
+        bar.set_postfix_str(f"return {episodic_return:.2f}, effective samples {size:.1f}")
 
         # ---- evaluate, save
-        done = step + 1
         if done % args.eval_steps == 0 and done < args.max_steps:
-            for name, value in evaluate_control(**evaluation).items():
-                writer.add_scalar(f"eval/{name}", value, done)
-        if done % args.save_steps == 0 or done == args.max_steps or interrupts:
+            for name, x in evaluate_control(*evaluation).items():
+                writer.add_scalar(f"eval/{name}", x, done)
+        interrupted = bool(interrupts)
+        if done % args.save_steps == 0 or done == args.max_steps or interrupted:
             save()
+        if interrupted:
+            break
     bar.close()
-    end_training(interrupts, done, args.max_steps, run_dir)
+    signal.signal(signal.SIGINT, old_handler)
+    if done < args.max_steps:
+        print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
+        raise SystemExit(130)
 
     # ---- the last evaluation, results
-    results = evaluate_control(**evaluation)
+    results = evaluate_control(*evaluation)
+    normaliser = {"observation_mean": statistics[0], "observation_std": statistics[1]}
+    envs.close()
+    eval_envs.close()
     metrics = {"seed": args.seed, "env_steps": env_steps, "wall_seconds": seconds_before + time.time() - start_time}
-    shared = {"observation_mean": statistics[0], "observation_std": statistics[1]}
     return finish_run(
-        run_dir, writer, done, {"sampled": results}, metrics, {**reward.state_dict(), **shared},
-        {**policy.state_dict(), **shared},
+        run_dir, writer, done, {"sampled": results}, metrics, {**reward.state_dict(), **normaliser},
+        {**policy.state_dict(), **normaliser},
     )
 
 
@@ -1428,7 +1451,7 @@ def main(args: Args) -> dict[str, float]:
         args, state = load_run(args)
     device = choose_device(args)
     env_kwargs, transfer = check_irl_args(args)
-    table, limit = load_table(args.env_id, env_kwargs, args.map_size, args.seed)
+    table, limit = load_table(args.env_id, env_kwargs)
     horizon = args.horizon or limit
     if horizon is None:
         bad_input(f"--env-id {args.env_id} has no time limit: --horizon must say how long an episode is")
@@ -1440,11 +1463,9 @@ def main(args: Args) -> dict[str, float]:
             if needed:
                 bad_input(f"{flag} cannot do without a transition table, and {args.env_id} has no env.unwrapped.P")
         return main_control(args, env_kwargs, horizon, device, state, start_time)
-    if args.segment_length:
-        bad_input("--segment-length is for control: with a table, whole episodes are weighted")
     other = None
     if transfer is not None:
-        other, _ = load_table(args.env_id, {**env_kwargs, **transfer}, args.map_size, args.seed)
+        other, _ = load_table(args.env_id, {**env_kwargs, **transfer})
         if other["reward"].shape != table["reward"].shape:
             shapes = tuple(other["reward"].shape), tuple(table["reward"].shape)
             bad_input(f"--transfer {args.transfer} has (states, actions) {shapes[0]}, not {shapes[1]}")

@@ -63,7 +63,8 @@ def make_table(task: str, seed: int) -> tuple[dict, int]:
     (size, horizon), rng, moves = TASKS[task], random.Random(seed), {}
     reward = torch.tensor([[rng.uniform(-1, 1)] * 4 for _ in range(size * size)], dtype=torch.float64)  # (S, A)
     if task == LAKE:
-        table, _ = maxent_irl.load_table("FrozenLake-v1", {"is_slippery": False}, size, seed)
+        args = maxent_irl.Args(env_id="FrozenLake-v1", env_kwargs='{"is_slippery": false}', map_size=size, seed=seed)
+        table, _ = maxent_irl.load_table(args.env_id, maxent_irl.check_irl_args(args)[0])
         return {**table, "reward": reward}, horizon
     for s in range(size * size):
         y, x = divmod(s, size)

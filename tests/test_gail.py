@@ -17,7 +17,6 @@ from gail import (
     Args,
     Policy,
     conjugate_gradient,
-    discriminator_inputs,
     discriminator_loss,
     fisher_vector_product,
     gae_episodic,
@@ -26,8 +25,8 @@ from gail import (
     main,
     normalise,
     observation_statistics,
+    pair_features,
     policy_kl,
-    policy_logprobs,
     rollout,
     subsample_demos,
     trpo_step,
@@ -35,6 +34,7 @@ from gail import (
 from gymnasium.spaces import Box, Discrete
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
 
 SPACES = [Discrete(3), Box(-2.0, 2.0, (2,))]
 
@@ -54,9 +54,9 @@ def make_batch(policy, count=200):
     obs = torch.randn(count, 2, dtype=torch.float64)
     with torch.no_grad():
         outputs = policy(obs)
-        actions = gail.select_actions(outputs.float(), policy.discrete, "sample", torch.Generator().manual_seed(0))
+        actions = policy.select(outputs.float(), "sample", torch.Generator().manual_seed(0))
         actions = actions if policy.discrete else actions.double()
-        return obs, actions, policy_logprobs(outputs, actions, policy.discrete), torch.randn(count).double()
+        return obs, actions, policy.logprobs(outputs, actions), torch.randn(count).double()
 
 
 TRPO = {"max_kl": 0.01, "cg_iterations": 10, "cg_damping": 0.1, "fisher_states": 1000, "line_search_steps": 10}
@@ -135,7 +135,7 @@ def test_kl_and_logprobs_are_torchs(space):
     expected = torch.distributions.kl_divergence(distribution(old), distribution(new))
     assert torch.allclose(policy_kl(old, new, discrete), expected)
     actions = distribution(old).sample()
-    assert torch.allclose(policy_logprobs(new, actions, discrete), distribution(new).log_prob(actions))
+    assert torch.allclose(Policy(2, space, 3).logprobs(new, actions), distribution(new).log_prob(actions))
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -171,7 +171,7 @@ def kl_and_surrogate(policy, old_outputs, obs, actions, logprobs, advantages):
     advantages = (advantages - advantages.mean()) / advantages.std()
     with torch.no_grad():
         outputs = policy(obs)
-        ratio = (policy_logprobs(outputs, actions, policy.discrete) - logprobs).exp()
+        ratio = (policy.logprobs(outputs, actions) - logprobs).exp()
         return policy_kl(old_outputs, outputs, policy.discrete).mean().item(), (ratio * advantages).mean().item()
 
 
@@ -266,14 +266,14 @@ def test_the_reset_after_an_end_is_no_data_and_a_cut_episode_is_truncated():
 def test_stored_logprobs_are_recomputed_and_of_actions_before_clipping(space):
     envs, policy = Scripted(space), Policy(1, space, 4)
     batch = rollout(envs, policy, STATISTICS, 50, 0, "sample", torch.Generator().manual_seed(0))
-    again = policy_logprobs(policy(normalise(batch["obs"][:-1], STATISTICS)), batch["act"], policy.discrete)
+    again = policy.logprobs(policy(normalise(batch["obs"][:-1], STATISTICS)), batch["act"])
     assert torch.allclose(again, batch["logprobs"], atol=1e-6)
     if not policy.discrete:
         assert batch["act"].abs().max() > 1.5  # of the unit box, and still the density is the Gaussian's
         assert all(space.contains(row) for actions in envs.actions for row in actions.astype(np.float64))
         clipped = torch.from_numpy(np.stack(envs.actions))
         assert torch.allclose(gail.unit_actions(clipped, space), batch["act"].clamp(-1, 1), atol=1e-6)
-        seen = discriminator_inputs(batch["obs"][:-1], batch["act"], None)
+        seen = pair_features(batch["obs"][:-1], policy.unit(batch["act"]), None)
         assert torch.equal(seen[..., 1:], batch["act"].clamp(-1, 1))
 
 
@@ -402,6 +402,19 @@ def test_a_tiny_run_logs_saves_and_says_its_table(tiny, capsys):
     assert again["eval/expert_return"] == metrics["eval/expert_return"]
 
 
+def test_the_discriminators_logs_are_means_over_its_steps(tiny, monkeypatch):
+    losses, real = [], gail.discriminator_loss
+    monkeypatch.setattr(gail, "discriminator_loss", lambda *x: losses.append(real(*x)) or losses[-1])
+    args = tiny(constant_action=0, discriminator_steps=3, gradient_penalty=1.0, total_timesteps=1)
+    main(args)
+    logs = scalars(run_folder(args))
+    for tag in ("losses/discriminator_loss", "losses/discriminator_entropy", "train/expert_accuracy"):
+        values = [stats[tag].item() for _, stats in losses]
+        assert len(set(values)) == 3 or tag == "train/expert_accuracy"
+        assert logs[tag][0][1] == pytest.approx(sum(values) / 3, rel=1e-6)
+    assert logs["losses/gradient_penalty"][0][1] > 0
+
+
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypatch, capsys):
     expected = main(tiny(output_dir=str(tmp_path / "whole"), constant_action=0))
     broken = tiny(output_dir=str(tmp_path / "broken"), constant_action=0, save_steps=100)
@@ -419,6 +432,28 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypa
     assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
     metrics = main(Args(resume=str(run_folder(broken))))
     assert metrics["eval/return"] == expected["eval/return"] and metrics["env_steps"] == expected["env_steps"]
+
+
+def test_ctrl_c_between_two_steps_is_heard_after_the_next_one(tiny, monkeypatch, capsys):
+    """The signal comes after step 2 has asked whether to save, before step 3 begins."""
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 2 and self.desc != "expert":
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield step
+
+    def handler(*_):
+        pass
+
+    monkeypatch.setattr(gail, "trange", lambda *counts, **flags: Bar(range(*counts), **flags))
+    args, old_handler = tiny(constant_action=0, save_steps=100), signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert signal.signal(signal.SIGINT, old_handler) is handler
+    assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
+    assert torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_the_same_seed_gives_the_same_policy_and_another_seed_another(tiny):

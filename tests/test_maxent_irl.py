@@ -15,7 +15,6 @@ import torch
 from conftest import run_folder, scalars
 from maxent_irl import (
     Args,
-    action_logprobs,
     as_matrix,
     causal_visits,
     gae_episodic,
@@ -32,6 +31,7 @@ from maxent_irl import (
     successors,
 )
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 H = 4
 
@@ -94,7 +94,7 @@ def test_log_partition_and_its_gradient_are_those_of_the_enumeration(ends, gamma
     reward, transition, initial = make_mdp(ends=ends)
     log_z, visits = brute_force(reward, transition, initial, H, gamma)
     assert log_partition(reward, transition, initial, H, gamma).item() == pytest.approx(log_z, abs=1e-10)
-    table = {"transition": transition, "initial": initial}
+    table = {"transition": transition, "initial": initial, "ended": None}
     assert torch.allclose(noncausal_visits(reward, table, gamma, H), visits, atol=1e-10)
     assert gamma < 1 or ends or visits.sum().item() == pytest.approx(H)  # exactly H states
 
@@ -197,10 +197,27 @@ def test_an_absorbing_state_is_an_end_under_every_learned_reward():
     """Not flagged as an end, but left by no action and without reward: the demonstrator's reward decides it."""
     moves = {0: {0: [(1.0, 1, 0.5, False)], 1: [(1.0, 0, 0.0, False)]}, 1: {a: [(1.0, 1, 0.0, False)] for a in (0, 1)}}
     table = maxent_irl.read_table(moves, torch.tensor([1.0, 0.0]), (1, 2))
-    assert table["transition"].view(2, 2, 2)[0].tolist() == [[0, 0], [1, 0]]
+    assert table["transition"].view(2, 2, 2)[0].tolist() == [[0, 0], [1, 0]] and table["ended"].tolist() == [[0], [1]]
     visits = causal_visits(table["reward"], table, 1.0, 10)
     reward = maxent_irl.TableReward("linear", visits, 0)
     assert maxent_irl.fit_exact(reward, "state_action", visits, table, 1.0, 10, 0.0, 1e-4, 5)[1] < 1e-4
+
+
+def test_a_goal_that_pays_at_every_step_is_no_end_while_its_learned_reward_is_0():
+    """A 2x2 grid whose goal no move leaves; rewards to be learned start at exactly 0, where it looks like an end."""
+    moves = {}
+    for s in range(4):
+        y, x = divmod(s, 2)
+        reached = [2 * y, 2 * y + 1, x, 2 + x] if s < 3 else [3] * 4
+        moves[s] = {a: [(1.0, s2, float(s == 3), False)] for a, s2 in enumerate(reached)}
+    table = maxent_irl.read_table(moves, torch.eye(4)[0], (2, 2))
+    visits = causal_visits(table["reward"], table, 1.0, 10)
+    assert not table["ended"].any()
+    for inputs, seen in (("state", visits.sum(1, keepdim=True)), ("state_action", visits)):
+        reward = maxent_irl.TableReward("linear", seen, 0)
+        _, gap = maxent_irl.fit_exact(reward, inputs, visits, table, 1.0, 10, 0.0, 1e-4, 5)
+        results = maxent_irl.evaluate_table(reward().detach().expand(-1, 4), table, visits, 1.0, 10)
+        assert gap < 1e-4 and results["normalized_score"] == pytest.approx(1, abs=1e-3)
 
 
 def test_an_absorbing_state_in_the_table_is_an_end_without_reward_or_entropy():
@@ -220,7 +237,7 @@ def test_an_absorbing_state_in_the_table_is_an_end_without_reward_or_entropy():
 
 
 def lake(success_rate):
-    table, _ = load_table("FrozenLake-v1", {"success_rate": success_rate}, None, 1)
+    table, _ = load_table("FrozenLake-v1", {"success_rate": success_rate})
     return table
 
 
@@ -235,7 +252,7 @@ def test_the_two_models_agree_under_deterministic_dynamics_and_one_start_only():
     reward, transition, initial = make_mdp(S=6, A=3, deterministic=True)
     one_start = torch.eye(6, dtype=torch.float64)[0]
     for start, same in ((one_start, True), (initial, False)):
-        table = {"transition": transition, "initial": start}
+        table = {"transition": transition, "initial": start, "ended": None}
         causal, noncausal = (visits(reward, table, 1.0, 8) for visits in (causal_visits, noncausal_visits))
         assert torch.allclose(causal, noncausal, atol=1e-10) == same
         value = start @ soft_value_iteration(reward, transition, 1.0, 8)[1][0]
@@ -250,12 +267,12 @@ def test_tables_are_gymnasiums():
     assert torch.allclose(transition[14, 2], torch.eye(16).double()[[10, 14]].sum(0) / 3)
     assert table["reward"][14, 2].item() == pytest.approx(1 / 3) and table["reward"].sum().item() == pytest.approx(1.0)
     assert table["cell_reward"][15] > 0 and table["initial"][0] == 1
-    reward, limit = load_table(None, {}, None, 1)[0]["reward"], load_table(None, {}, None, 1)[1]
+    reward, limit = load_table(None, {})[0]["reward"], load_table(None, {})[1]
     assert reward.max() == 100 and reward.min() == -10 and (reward == -1).any() and limit == maxent_irl.LECTURE_HORIZON
 
 
 def test_large_tables_are_sparse():
-    table, limit = load_table("Taxi-v4", {}, None, 1)
+    table, limit = load_table("Taxi-v4", {})
     assert table["transition"].layout == torch.sparse_csr and limit == 200
     visits = causal_visits(table["reward"], table, 1.0, 20).sum().item()
     assert 19 < visits <= 20 + 1e-9  # chance hardly ever ends an episode in 20 steps
@@ -263,7 +280,7 @@ def test_large_tables_are_sparse():
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_control_has_no_table(env_id):
-    assert load_table(env_id, {}, None, 1)[0] is None
+    assert load_table(env_id, {})[0] is None
 
 
 # ---- the sampled estimator
@@ -320,7 +337,7 @@ def test_weighted_visits_are_the_non_causal_models(ends):
     steps = weights[:, None].expand(-1, H)[batch["mask"]]
     estimate = torch.bincount(index, steps, 6).view(3, 2)
     exact = brute_force(reward, transition, initial, H)[1]
-    causal = causal_visits(reward, {"transition": transition, "initial": initial}, 1.0, H)
+    causal = causal_visits(reward, {"transition": transition, "initial": initial, "ended": None}, 1.0, H)
     assert (estimate - exact).abs().max() < 0.02 < (causal - exact).abs().max()
 
 
@@ -353,13 +370,10 @@ def test_the_replay_memory_counts_every_transition():
     assert replay.tolist() == [[3, 2], [5, 2], [9, 1]]
 
 
-def test_segments_and_joined_batches_keep_every_step():
-    x = torch.arange(1, 15).view(2, 7)
+def test_segments_keep_every_step():
+    x = torch.arange(1, 15).view(2, 7).t()
     assert maxent_irl.segment_sums(x, 3).tolist() == [1 + 2 + 3, 4 + 5 + 6, 7, 8 + 9 + 10, 11 + 12 + 13, 14]
-    assert torch.equal(maxent_irl.segment_sums(x, 7), x.sum(1))
-    batches = [{"obs": torch.ones(n, t, 4), "mask": torch.ones(n, t, dtype=torch.bool)} for n, t in ((2, 3), (1, 5))]
-    joined = maxent_irl.join_batches(batches)["obs"]
-    assert joined.shape == (3, 5, 4) and joined.sum() == 2 * 3 * 4 + 5 * 4
+    assert torch.equal(maxent_irl.segment_sums(x, 7), x.sum(0))
 
 
 # ---- control
@@ -372,14 +386,16 @@ def test_segments_of_the_soft_optimal_policy_have_even_weights():
     transition[4] = 0.0  # whatever is done there ends the episode
     policy, values = soft_value_iteration(reward, transition, 0.8, 300)  # as good as without a horizon
     batch = sample_table(policy[:12], *successors(as_matrix(transition)), initial, 64, torch.Generator().manual_seed(0))
-    states = {name: batch[name].clamp(max=4)[..., None].float() for name in ("obs", "next_obs")}
-    batch |= {**states, "terminated": batch["mask"] & (batch["next_obs"] == 5)}
-    differences = maxent_irl.value_differences(
-        lambda obs: values[0][obs[..., 0].long()][..., None], batch, torch.tensor([[0.0], [1.0]]), 0.8
-    )
-    rewards = torch.where(batch["mask"], reward[states["obs"][..., 0].long(), batch["act"]], 0.0)
-    assert batch["terminated"].any() and (batch["mask"].sum(1) == 12).any()
-    assert (rewards - batch["logprobs"] + differences).abs().max() < 1e-6
+    terminated = batch["mask"] & (batch["next_obs"] == 5)
+    found = []
+    for obs, act, logprobs, after, ends, mask in zip(
+        batch["obs"], batch["act"], batch["logprobs"], batch["next_obs"], terminated, batch["mask"]
+    ):
+        visited = torch.cat([obs, after[-1:]]).clamp(max=4)  # (S+1,)
+        differences = maxent_irl.value_differences(values[0][visited][:, None], ends[:, None], 0.8)[:, 0]
+        found.append((reward[obs, act] - logprobs + differences)[mask])
+    assert terminated.any() and (batch["mask"].sum(1) == 12).any()
+    assert torch.cat(found).abs().max() < 1e-6
 
 
 def test_the_lengths_of_demonstrations_fit_the_horizon_and_equal_returns_have_no_score(tiny, tmp_path, capsys):
@@ -407,30 +423,33 @@ def test_gae_by_hand():
 def test_squashed_actions_have_a_density():
     outputs = torch.tensor([[0.3, -0.2]]).expand(20001, 2)
     actions = torch.linspace(-0.9999, 0.9999, 20001)[:, None]
-    density = action_logprobs(outputs, actions.double().atanh().float(), False).exp()
+    policy = maxent_irl.ActorCritic(3, gymnasium.make("Pendulum-v1").action_space, 4)
+    density = policy.logprobs(outputs, actions.double().atanh().float()).exp()
     assert torch.trapezoid(density, actions[:, 0]).item() == pytest.approx(1.0, abs=2e-3)
 
 
 def test_stored_logprobs_are_the_policys_and_truncation_is_no_termination():
-    envs = [gymnasium.make("Pendulum-v1") for _ in range(3)]
-    policy = maxent_irl.ActorCritic(3, envs[0].action_space, 16)
+    envs = maxent_irl.make_envs("Pendulum-v1", 3)
+    policy = maxent_irl.ActorCritic(3, envs.single_action_space, 16)
     statistics = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 4.0]])
     draws = [
-        maxent_irl.sample_control(envs, policy, statistics, 20, 5, "sample", torch.Generator().manual_seed(0))
+        maxent_irl.rollout(envs, policy, statistics, 20, 5, "sample", torch.Generator().manual_seed(0), True)
         for _ in range(2)
     ]
     assert all(torch.equal(draws[0][name], draws[1][name]) for name in draws[0])  # no state is left in environments
     batch = draws[0]
-    assert batch["mask"].all() and not batch["terminated"].any() and batch["truncated"][:, -1].all()
-    assert torch.equal(batch["obs"][:, 1:], batch["next_obs"][:, :-1])
-    outputs = policy.actor(maxent_irl.normalise(batch["obs"], statistics))
-    assert torch.allclose(action_logprobs(outputs, batch["act"], False), batch["logprobs"], atol=1e-5)
-    poles = [gymnasium.make("CartPole-v1") for _ in range(3)]
-    policy = maxent_irl.ActorCritic(4, poles[0].action_space, 16)
-    batch = maxent_irl.sample_control(
-        poles, policy, torch.ones(2, 4), 500, 5, "sample", torch.Generator().manual_seed(0)
+    assert batch["mask"].all() and not batch["terminated"].any() and batch["truncated"].sum(0).tolist() == [1, 1, 1]
+    assert batch["truncated"][-1].all() and batch["obs"].shape == (21, 3, 3)
+    outputs = policy(maxent_irl.normalise(batch["obs"][:-1], statistics))
+    assert torch.allclose(policy.logprobs(outputs, batch["act"]), batch["logprobs"], atol=1e-5)
+    poles = maxent_irl.make_envs("CartPole-v1", 3)
+    policy = maxent_irl.ActorCritic(4, poles.single_action_space, 16)
+    batch = maxent_irl.rollout(
+        poles, policy, torch.ones(2, 4), 500, 5, "sample", torch.Generator().manual_seed(0), True
     )
-    assert (batch["terminated"].sum(1) == 1).all() and torch.equal(batch["mask"].sum(1).float(), batch["rew"].sum(1))
+    mask, lengths = batch["mask"], batch["mask"].sum(0)
+    assert len(mask) == lengths.max() < 500 and ((batch["terminated"] & mask).sum(0) == 1).all()
+    assert torch.equal(torch.where(mask, batch["rew"], 0.0).sum(0), lengths.float())
 
 
 # ---- the whole script
@@ -460,11 +479,11 @@ def test_the_default_run_recovers_the_lectures_grid(tmp_path, capsys):
     assert worst < metrics["transfer/exact/return"] <= best + 1e-3
     logs = scalars(folder)
     cosines = [value for _, value in logs["train/gradient_cosine"]]
-    assert len(cosines) == args.max_steps and np.median(cosines) > 0.5
+    assert len(cosines) == args.max_steps // maxent_irl.DIAGNOSTIC_STEPS and np.median(cosines) > 0.5
     assert logs["train/effective_sample_share"][-1][1] > 0.9
     tensors = load_file(folder / "reward.safetensors"), load_file(folder / "policy.safetensors")
     assert tensors[0]["exact"].shape == (16, 4) and tensors[1]["sampled"].shape == (10, 16, 4)
-    table = load_table(None, {}, None, 1)[0]
+    table = load_table(None, {})[0]
     again = soft_value_iteration(tensors[0]["exact"], table["transition"], 1.0, 10)[0]
     assert torch.equal(again, tensors[1]["exact"])
 
@@ -519,7 +538,7 @@ def test_samples_of_several_iterations_are_weighted_by_the_mixture_of_their_poli
 
 
 def test_finite_demonstrations_and_files_of_them(tiny, tmp_path):
-    table = load_table(None, {}, None, 1)[0]
+    table = load_table(None, {})[0]
     policy, _ = soft_value_iteration(table["reward"], table["transition"], 1.0, 10)
     batch = draw(policy, table["transition"], table["initial"], 50)
     mask = batch["mask"]
@@ -549,6 +568,30 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(tiny, tmp_path, monkeypa
     assert all(metrics[key] == expected[key] for key in expected if key != "wall_seconds")
 
 
+@pytest.mark.parametrize("env_id", [None, "CartPole-v1"])
+def test_ctrl_c_between_two_steps_is_heard_after_the_next_one(env_id, tiny, monkeypatch, capsys):
+    """The signal comes after step 2 has asked whether to save, before step 3 begins."""
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 2 and self.desc != "expert":
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield step
+
+    def handler(*_):
+        pass
+
+    monkeypatch.setattr(maxent_irl, "trange", lambda *counts, **flags: Bar(range(*counts), **flags))
+    flags = {"estimator": "sampled"} if env_id is None else CARTPOLE
+    args, old_handler = tiny(**flags, save_steps=100), signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert signal.signal(signal.SIGINT, old_handler) is handler
+    assert stop.value.code == 130 and "stopped by Ctrl-C after step 3" in capsys.readouterr().out
+    assert torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(tiny):
     one, two, three = (main(tiny(exp_name=str(i), seed=seed)) for i, seed in enumerate((1, 1, 2)))
     assert one["eval/return"] == two["eval/return"] != three["eval/return"]
@@ -561,7 +604,7 @@ def test_gaussian_actions_outside_the_box_are_clipped(tiny, tmp_path, capsys):
         path = str(tmp_path / "box.npz")
         np.savez(path, obs=np.zeros((4, 3), np.float32), act=np.array(act)[:, None], lengths=np.array([4]))
         try:
-            demos = maxent_irl.load_demos(path, None, gymnasium.make("Pendulum-v1").observation_space, space)
+            demos, _ = maxent_irl.load_demos(path, None, gymnasium.make("Pendulum-v1").observation_space, space)
             assert demos["act"].flatten().tolist() == [1.0, -2.0, 0.0, 0.5]
         except SystemExit as stop:
             assert stop.code == 2
@@ -570,13 +613,13 @@ def test_gaussian_actions_outside_the_box_are_clipped(tiny, tmp_path, capsys):
 
 
 def test_nan_observations_are_said(tiny, monkeypatch, capsys):
-    real = gymnasium.envs.classic_control.CartPoleEnv.step
+    real = gymnasium.envs.classic_control.cartpole.CartPoleVectorEnv.step
 
     def broken(*arguments):
         obs, *rest = real(*arguments)
         return obs * np.nan, *rest
 
-    monkeypatch.setattr(gymnasium.envs.classic_control.CartPoleEnv, "step", broken)
+    monkeypatch.setattr(gymnasium.envs.classic_control.cartpole.CartPoleVectorEnv, "step", broken)
     with pytest.raises(SystemExit) as stop:
         main(tiny(**CARTPOLE))
     assert stop.value.code == 2 and "is not finite in step 1" in capsys.readouterr().err
@@ -588,10 +631,58 @@ def test_control_runs_log_and_save(tiny):
     folder = run_folder(tiny())
     logs = scalars(folder)
     assert len(logs["train/effective_sample_size"]) == 6 and "losses/explained_variance" in logs
+    shares = [value for _, value in logs["policy/clipfrac_avg"]]
+    assert max(shares) < 1 and all(0 <= value < 0.1 for _, value in logs["policy/approxkl_avg"])
     reward, policy = (load_file(folder / f"{name}.safetensors") for name in ("reward", "policy"))
     assert reward["observation_std"].shape == (4,) and policy["actor.4.weight"].shape == (2, 64)
     with np.load(folder / "demos.npz") as demos:
-        assert len(demos["lengths"]) == 3 and demos["obs"].shape == (demos["lengths"].sum(), 4)
+        assert len(demos["lengths"]) == 4 and demos["obs"].shape == (demos["lengths"].sum(), 4)
+
+
+def test_the_experts_return_is_that_of_all_its_episodes_and_resuming_plays_no_uniform_ones(tiny, shared, monkeypatch):
+    """As in gail.py: however few are imitated. The normaliser weighs both kinds of observations alike."""
+    demos = str(shared / "data/experts/CartPole-v1.npz")
+    flags = {**CARTPOLE, "horizon": 500, "max_steps": 2}
+    args, played, real = tiny(**flags, demos=demos), [], maxent_irl.rollout
+    monkeypatch.setattr(maxent_irl, "rollout", lambda *x: played.append((x[5], real(*x))) or played[-1][1])
+    metrics = main(args)
+    with np.load(demos) as file:
+        assert metrics["eval/expert_return"] == pytest.approx(file["rew"].sum() / len(file["lengths"]))
+        imitated = torch.from_numpy(file["obs"][: file["lengths"][:3].sum()])
+    state = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)
+    (uniform,) = (batch for mode, batch in played if mode == "uniform")
+    statistics = maxent_irl.observation_statistics(imitated, uniform["obs"][:-1][uniform["mask"]])
+    assert torch.equal(state["statistics"], statistics)
+    assert state["random_return"] == metrics["eval/random_return"] == uniform["mask"].sum().item() / 4
+    played.clear()
+    assert main(Args(resume=str(run_folder(args))))["eval/return"] == metrics["eval/return"]
+    assert [mode for mode, _ in played] == ["sample", "greedy"]  # the last evaluation
+
+
+def test_the_policy_learns_from_the_new_reward_minus_log_pi(tiny, monkeypatch):
+    """Weights are of whole episodes here, by the log-probabilities that were stored; the last steps bootstrap from the
+    last observation, before any reset."""
+    calls = {name: [] for name in ("rollout", "importance_weights", "reward_step", "gae_episodic")}
+
+    def note(name):
+        real = getattr(maxent_irl, name)
+        monkeypatch.setattr(
+            maxent_irl, name, lambda *x, **flags: calls[name].append((x, real(*x, **flags))) or calls[name][-1][1]
+        )
+
+    for name in calls:
+        note(name)
+    args = tiny(**CARTPOLE, max_steps=1, segment_length=0)
+    main(args)
+    (batch,) = (batch for arguments, batch in calls["rollout"] if arguments[4] == 10**9)  # obs: now normalised
+    mask, ((reward, *_), _) = batch["mask"], calls["reward_step"][0]
+    features = maxent_irl.pair_features(batch["obs"][:-1], batch["act"], 2)
+    rewards, values, next_values, terminated, truncated, *_ = calls["gae_episodic"][-1][0]
+    assert torch.allclose(rewards[mask], (reward(features)[..., 0] - batch["logprobs"])[mask], atol=1e-6)
+    assert torch.equal(values[1:], next_values[:-1]) and values.shape == mask.shape
+    assert torch.equal(terminated, batch["terminated"]) and torch.equal(truncated, batch["truncated"])
+    logprobs = calls["importance_weights"][0][0][1]
+    assert torch.allclose(logprobs, torch.where(mask, batch["logprobs"], 0.0).sum(0), atol=1e-5)
 
 
 def test_a_reward_on_cartpole_is_learned(shared, tiny):
