@@ -830,6 +830,7 @@ def main(args: Args) -> dict[str, float]:
     def on_interrupt(number: int, _) -> None:
         """The first Ctrl-C is heard after the step, a second one at once."""
         interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)

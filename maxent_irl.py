@@ -1133,6 +1133,7 @@ def main_table(
     def on_interrupt(number: int, _) -> None:
         """The first Ctrl-C is heard after the step, a second one at once."""
         interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
@@ -1341,6 +1342,7 @@ def main_control(
     def on_interrupt(number: int, _) -> None:
         """The first Ctrl-C is heard after the step, a second one at once."""
         interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_interrupt)
