@@ -71,7 +71,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """Name of the experiment, a part of the run folder's name."""
     seed: int = 1
-    """Seed of the data order, the initial weights and the sampler."""
+    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is one."""
     output_dir: str = "runs"
@@ -79,7 +79,7 @@ class Args:
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
     save_steps: int = 50
-    """Steps from one checkpoint to the next; one is always saved at the end and on Ctrl-C."""
+    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
 
     # ---- generative adversarial imitation learning
     env_id: str = "CartPole-v1"
@@ -739,7 +739,8 @@ def main(args: Args) -> dict[str, float]:
     if N * num_steps < 2:
         bad_input("--num-envs 1 --num-steps 1: one advantage has no standard deviation")
     iterations = math.ceil(args.total_timesteps / (N * num_steps))
-    run_dir = Path(args.resume or f"{args.output_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    task = args.env_id.replace(":", "-").replace("/", "-")
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
     writer = open_run(args, run_dir, state["step"] if state is not None else 0)
 
     torch.manual_seed(args.seed)  # of the networks
@@ -946,4 +947,5 @@ if __name__ == "__main__":
     try:
         main(cli_args)
     except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
+        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
         raise SystemExit(130) from None

@@ -76,7 +76,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """Name of the experiment, a part of the run folder's name."""
     seed: int = 1
-    """Seed of the data order, the initial weights and the sampler."""
+    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is one."""
     output_dir: str = "runs"
@@ -84,7 +84,7 @@ class Args:
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
     save_steps: int = 50
-    """Steps from one checkpoint to the next; one is always saved at the end and on Ctrl-C."""
+    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
 
     # ---- maximum-entropy inverse RL
     env_id: str | None = None
@@ -1084,7 +1084,7 @@ def main_table(
     for name in estimators:
         torch.manual_seed(args.seed)
         modules[name] = TableReward(model, seen, args.hidden_size)
-    task = args.env_id or "lecture"
+    task = (args.env_id or "lecture").replace(":", "-").replace("/", "-")
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
     writer = open_run(args, run_dir, state["step"] if state is not None else 0)
 
@@ -1261,7 +1261,8 @@ def main_control(
         longest = demos["mask"].shape[1]
         if longest > horizon:
             bad_input(f"--demos {args.demos} has an episode of {longest} steps, and --horizon is {horizon}")
-    run_dir = Path(args.resume or f"{args.output_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    task = args.env_id.replace(":", "-").replace("/", "-")
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
     writer = open_run(args, run_dir, state["step"] if state is not None else 0)
 
     torch.manual_seed(args.seed)  # of the networks
@@ -1482,4 +1483,5 @@ if __name__ == "__main__":
     try:
         main(cli_args)
     except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
+        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
         raise SystemExit(130) from None

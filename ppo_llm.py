@@ -79,7 +79,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """Name of the experiment, a part of the run folder's name."""
     seed: int = 1
-    """Seed of the data order, the initial weights and the sampler."""
+    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is one."""
     output_dir: str = "runs"
@@ -87,7 +87,7 @@ class Args:
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
     save_steps: int = 50
-    """Steps from one checkpoint to the next; one is always saved at the end and on Ctrl-C."""
+    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
 
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None
@@ -108,7 +108,7 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one forward and backward pass: memory and speed, not results.
-    None: 16384 on CUDA; on the CPU 1024, for vocabularies over 65536 4096 (dpo.py: 512)."""
+    None: 16384 on CUDA; on the CPU 1024, and where the vocabulary exceeds 65536, 4096 (512 in dpo.py)."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -122,8 +122,8 @@ class Args:
 
     # ---- PPO
     reward_model_path: str | None = None
-    """Hub name or folder of a sequence classifier with one logit, which is the reward. The reward functions are then
-    only logged. Where it is of the policy's architecture with its tokenizer, the value network starts from it."""
+    """Hub name or folder of a sequence classifier with one logit: the reward. The functions are then only logged.
+    Where it is of the policy's architecture with its tokenizer, the value network starts from it."""
     normalize_reward_model: bool = False
     """Standardise its score by the mean and standard deviation that reward_model.py wrote into its config."""
     stop_token_ids: tuple[int, ...] = ()
@@ -133,8 +133,8 @@ class Args:
     eval_steps: int = 20
     """Steps from one evaluation to the next; there is always one before and one after training."""
     learning_rate: float | None = None
-    """Peak learning rate of the fp32 weights, both networks'. None: 1e-3 for the embedded model, 3e-6 (as in TRL and
-    Huang et al. 2024) for a given one."""
+    """Peak learning rate of both networks' fp32 weights.
+    None: 1e-3 for the embedded model, 3e-6 (as in TRL and Huang et al. 2024) for a given one."""
     generation_batch_size: int = 256
     """Completions a rollout, over all prompts and processes."""
     num_generations: int = 1
@@ -152,8 +152,8 @@ class Args:
     kl_coef: float = 0.05
     """beta: what a nat of log pi / pi_ref costs, in the reward (Huang et al. 2024)."""
     kl_target: float | None = None
-    """Adapt kl_coef so that the KL of a whole response to the initial model is this many nats (Ziegler et al. 2019,
-    section 2.2; 6 in their code). None: kl_coef is constant."""
+    """Adapt kl_coef so that the KL of a whole response to the initial model is this many nats. None: it is constant.
+    (Ziegler et al. 2019, section 2.2; 6 in their code.)"""
     kl_horizon: int = 10000
     """Completions over which kl_coef adapts (Ziegler et al.'s code)."""
     gamma: float = 1.0
@@ -165,8 +165,8 @@ class Args:
     cliprange_value: float = 0.2
     """A new value counts as at most this far from the rollout's (Huang et al. 2024)."""
     vf_coef: float = 0.1
-    """Weight of the value loss (Huang et al. 2024). It matters with --share-value-backbone; a network of its own has an
-    optimizer and a gradient norm of its own."""
+    """Weight of the value loss (Huang et al. 2024).
+    It matters with --share-value-backbone; a network of its own has its own optimizer and gradient norm."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     whiten_rewards: bool = False
@@ -174,8 +174,8 @@ class Args:
     missing_eos_penalty: float = 0.0
     """Taken off the score of a training completion without a stop token (Huang et al. 2024 fix it at -1 instead)."""
     share_value_backbone: bool = False
-    """Read the value off the policy's own states, with a linear layer: half the memory and time of a network of its
-    own, but the value loss then also moves the policy."""
+    """Read the value off the policy's own states, with a linear layer: half the memory and time of a second network.
+    The value loss then also moves the policy."""
     sft_steps: int = 1200
     """Supervised steps by which the embedded model is made before the RL starts."""
 
@@ -187,7 +187,8 @@ def bad_input(message: str) -> NoReturn:
 
 
 # ---- rewards: plain functions, meant to be edited --------------------------------------------------------------------
-# reward(prompt, completion, answer) -> float, or None where it does not apply; answer is None for data without answers.
+# reward(prompt, completion, answer) -> float, or None where it does not apply: then it adds nothing, but one of them
+# must apply. answer is None for data without answers.
 
 NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -263,6 +264,8 @@ def read_jsonl(path: Path) -> list[dict]:
 def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows of --dataset-name."""
     path = Path(args.dataset_name)
+    if path.suffix in (".json", ".jsonl", ".parquet") and not path.exists():
+        bad_input(f"--dataset-name {path}: there is no such file")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
     if files and all(file.is_file() for file in files):
         splits = {file.stem if path.is_dir() else args.dataset_train_split: read_jsonl(file) for file in files}
@@ -462,6 +465,8 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if Path(name, "model", "config.json").is_file():
+            bad_input(f"{flag} {name} is a run folder: its model is {name}/model")
         bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
     tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
     if tokenizer.pad_token_id is None:
@@ -926,7 +931,7 @@ def score_completions(
     if without.any():
         index = int(without.nonzero()[0])
         bad_input(f"no reward applies to prompt {prompt_text(prompts[index])!r} with answer {answers[index]!r}: "
-                  "--dataset-name needs numbers in `answer` or `solution`, or there must be a --reward-model-path")
+                  "each of REWARDS that has a weight returned None")
     return (torch.tensor(weights)[:, None] * table).nansum(0), scores
 
 
@@ -1118,6 +1123,9 @@ def main(args: Args) -> dict[str, float]:
     start_time, state = time.time(), None
     if args.resume is not None:
         args, state = load_run(args)
+    rewards_with_weights = [[function.__name__, weight] for function, weight in REWARDS]
+    if state is not None and state["rewards"] != rewards_with_weights:
+        bad_input(f"--resume {args.resume} has the REWARDS {state['rewards']}, not {rewards_with_weights}")
     device, rank, world_size = set_up_process(args)
     check_ppo_args(args, world_size)
     args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
@@ -1265,6 +1273,7 @@ def main(args: Args) -> dict[str, float]:
                 "step": step, "model": model.state_dict(), "critic": critic.state_dict(),
                 "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
                 "generator": generator.get_state(), "metrics": metrics, "num_tokens": num_tokens, "seconds": seconds,
+                "rewards": rewards_with_weights,
                 "kl_coef": kl_coef,
             })
 
@@ -1464,4 +1473,5 @@ if __name__ == "__main__":
     try:
         main(cli_args)
     except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
+        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
         raise SystemExit(130) from None

@@ -73,7 +73,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """Name of the experiment, a part of the run folder's name."""
     seed: int = 1
-    """Seed of the data order, the initial weights and the sampler."""
+    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is one."""
     output_dir: str = "runs"
@@ -81,7 +81,7 @@ class Args:
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
     save_steps: int = 50
-    """Steps from one checkpoint to the next; one is always saved at the end and on Ctrl-C."""
+    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
 
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None
@@ -102,7 +102,7 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one forward and backward pass: memory and speed, not results.
-    None: 16384 on CUDA; on the CPU 1024, for vocabularies over 65536 4096 (dpo.py: 512)."""
+    None: 16384 on CUDA; on the CPU 1024, and where the vocabulary exceeds 65536, 4096 (512 in dpo.py)."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -197,6 +197,8 @@ def read_jsonl(path: Path) -> list[dict]:
 def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows of --dataset-name."""
     path = Path(args.dataset_name)
+    if path.suffix in (".json", ".jsonl", ".parquet") and not path.exists():
+        bad_input(f"--dataset-name {path}: there is no such file")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
     if files and all(file.is_file() for file in files):
         splits = {file.stem if path.is_dir() else args.dataset_train_split: read_jsonl(file) for file in files}
@@ -424,6 +426,8 @@ def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if Path(name, "model", "config.json").is_file():
+            bad_input(f"{flag} {name} is a run folder: its model is {name}/model")
         bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
     tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
     if tokenizer.pad_token_id is None:
@@ -990,4 +994,5 @@ if __name__ == "__main__":
     try:
         main(cli_args)
     except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
+        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
         raise SystemExit(130) from None

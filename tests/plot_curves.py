@@ -134,7 +134,8 @@ def main(folders: list[Path]) -> None:
                 points = curve(events, tag, over)
                 options = {"color": colors[label.split(",")[0]]} if "," in label else {}
                 axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else None, label=label, **options)
-            axes.set(title=title, xlabel="environment steps" if control else "tokens, prompts included" if over else "step")
+            unit = "environment steps" if control else "tokens, prompts included" if over else "step"
+            axes.set(title=title, xlabel=unit)
             axes.locator_params(axis="x", nbins=5)
             axes.grid(alpha=0.3)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")

@@ -750,6 +750,16 @@ def test_rewards_are_not_called_before_there_are_completions(tiny, monkeypatch):
     assert len(seen) == 2 * 4 + 16 + 2 * 4  # two evaluations, each sampled and greedy, and one rollout
 
 
+def test_a_run_is_resumed_with_its_own_rewards_only(tiny, monkeypatch, capsys):
+    args = tiny(max_steps=2)
+    main(args)
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((digit_reward, 0.5), *grpo_llm.REWARDS[1:]))
+    with pytest.raises(SystemExit) as stop:
+        main(Args(resume=str(run_folder(args))))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "['digit_reward', 1.0]" in text and "not [['digit_reward', 0.5]" in text
+
+
 def test_approxkl_is_a_mean_over_the_tokens_of_the_groups_that_are_kept(tiny, monkeypatch):
     calls = []
 

@@ -202,6 +202,16 @@ def damaged(file: str, content: bytes | None):
     return write
 
 
+def run_of_model():
+    """A folder in which the model's is one called model."""
+
+    def write(folder: Path, model_folder: str) -> str:
+        shutil.copytree(model_folder, folder / "run" / "model")
+        return str(folder / "run")
+
+    return write
+
+
 def file(name: str, content: bytes):
     """A file in the test's folder."""
 
@@ -257,6 +267,8 @@ BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "training row 1 is empty"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "training row 1 has 126 tokens"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "x^2"})}, "has no number in `answer`"),
+    ("grpo_llm", {"dataset_name": "rows.json"}, "rows.json: there is no such file"),
+    ("grpo_llm", {"model_name_or_path": run_of_model()}, "is a run folder: its model is"),
     # grpo_llm.py
     ("grpo_llm", {"num_generations": 0}, "--num-generations must be positive"),
     ("grpo_llm", {"num_generations": 1}, "--num-generations must be at least 2"),
