@@ -43,3 +43,20 @@ def test_the_recipes_run(tmp_path, model_folder):
                 assert (folder / "summary.json").is_file()
                 if script == "my_reward.py":
                     assert "eval/brevity" in (folder / "summary.json").read_text()
+
+
+def test_a_saved_policy_is_followed_as_the_readme_says(tmp_path):
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    section = README.split("## What a run leaves")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n# watch.py\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "watch.py").write_text(code)
+    words = [*SMALL["gail.py"].split(), "--constant-action", "0", "--output-dir", str(tmp_path / "runs")]
+
+    def last_line(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()[-1]
+
+    steps = last_line("watch.py", last_line("gail.py", *words))
+    assert 1 <= int(steps) <= 500
