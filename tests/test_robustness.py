@@ -154,6 +154,7 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         module.main(broken)
@@ -162,7 +163,7 @@ def test_ctrl_c_saves_after_the_step_and_resume_goes_on(
     folder = run_folder(broken)
     assert (folder / "model" / "model.safetensors").is_file() and len(steps) == 3 * optimizer_steps
     assert [step for step, _ in scalars(folder)["eval/reward" if "llm" in script else "eval/loss"]] == [0]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert equal(module.main(module.Args(resume=str(folder))), expected)
 
 
