@@ -802,6 +802,20 @@ def load_run(args: Args) -> tuple[Args, dict]:
     return saved_args, state
 
 
+def catch_ctrl_c() -> tuple[list[int], Callable]:
+    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
+    before, to be put back: a second Ctrl-C is for that one."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    return interrupts, old_handler
+
+
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
@@ -963,15 +977,7 @@ def main(args: Args) -> dict[str, float]:
         metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
 
     done, batch_size = first_step, args.train_batch_size
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        """The first Ctrl-C is heard after the step, a second one at once."""
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    interrupts, old_handler = catch_ctrl_c()
     bar = trange(first_step, total_steps, initial=first_step, total=total_steps, disable=rank != 0)
     for step in bar:
         # ---- batch

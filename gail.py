@@ -45,9 +45,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import gymnasium
 import numpy as np
@@ -662,6 +663,20 @@ def load_run(args: Args) -> tuple[Args, dict]:
     return saved_args, state
 
 
+def catch_ctrl_c() -> tuple[list[int], Callable]:
+    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
+    before, to be put back: a second Ctrl-C is for that one."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    return interrupts, old_handler
+
+
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
@@ -826,15 +841,7 @@ def main(args: Args) -> dict[str, float]:
     done = first_step
     if state is None:  # what comes before the loop may have taken long
         save()
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        """The first Ctrl-C is heard after the step, a second one at once."""
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    interrupts, old_handler = catch_ctrl_c()
     bar = trange(first_step, iterations, initial=first_step, total=iterations, desc="gail")
     for step in bar:
         # ---- rollout: trajectories of pi_i

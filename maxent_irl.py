@@ -50,6 +50,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -923,6 +924,20 @@ def load_run(args: Args) -> tuple[Args, dict]:
     return saved_args, state
 
 
+def catch_ctrl_c() -> tuple[list[int], Callable]:
+    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
+    before, to be put back: a second Ctrl-C is for that one."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    return interrupts, old_handler
+
+
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
@@ -1128,15 +1143,7 @@ def main_table(
 
     if state is None:  # what comes before the loop may have taken long
         save()
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        """The first Ctrl-C is heard after the step, a second one at once."""
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    interrupts, old_handler = catch_ctrl_c()
     bar = trange(first_step, max_steps, initial=first_step, total=max_steps, desc="sampled", disable=not max_steps)
     for step in bar:
         # ---- rollout
@@ -1338,15 +1345,7 @@ def main_control(
     done = first_step
     if state is None:  # what comes before the loop may have taken long
         save()
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        """The first Ctrl-C is heard after the step, a second one at once."""
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    interrupts, old_handler = catch_ctrl_c()
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, desc="sampled")
     for step in bar:
         # ---- rollout

@@ -1076,6 +1076,20 @@ def load_run(args: Args) -> tuple[Args, dict]:
     return saved_args, state
 
 
+def catch_ctrl_c() -> tuple[list[int], Callable]:
+    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
+    before, to be put back: a second Ctrl-C is for that one."""
+    interrupts: list[int] = []
+
+    def on_interrupt(number: int, _) -> None:
+        interrupts.append(number)
+        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    return interrupts, old_handler
+
+
 def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
     """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
     for name in positive:
@@ -1282,15 +1296,7 @@ def main(args: Args) -> dict[str, float]:
 
     done, batch_size, G, M = first_step, args.generation_batch_size, args.num_generations, args.num_mini_batches
     num_prompts = batch_size // G  # of all processes
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        """The first Ctrl-C is heard after the step, a second one at once."""
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
+    interrupts, old_handler = catch_ctrl_c()
     bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
