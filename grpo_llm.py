@@ -13,9 +13,9 @@ advantage more likely, within a clipped trust region.
     J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
 
-GRPO: Shao et al. 2024 (arXiv:2402.03300). DAPO, the default here: N counts all tokens, eps_high > eps_low, beta = 0,
-Yu et al. 2025 (arXiv:2503.14476). Dr. GRPO: neither std nor 1/|o|, Liu et al. 2025 (arXiv:2503.20783). GSPO: one ratio
-per sequence, Zheng et al. 2025 (arXiv:2507.18071). CISPO: clipped weights, MiniMax 2025 (arXiv:2506.13585).
+GRPO: Shao et al. 2024 (arXiv:2402.03300). DAPO, the default: N counts all tokens, eps_high > eps_low, beta = 0
+(arXiv:2503.14476). Dr. GRPO: no std and no 1/|o| (arXiv:2503.20783). GSPO: one ratio per completion (arXiv:2507.18071).
+CISPO: the clipped ratio is a constant weight (MiniMax-M1, arXiv:2506.13585).
 
     python grpo_llm.py                             # laptop, offline: a tiny model learns to show its work
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
@@ -23,9 +23,9 @@ per sequence, Zheng et al. 2025 (arXiv:2507.18071). CISPO: clipped weights, Mini
     torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly where the last checkpoint was written
 
-Shapes: P prompts, G completions per prompt, B = P*G completions, L_q prompt tokens, T completion tokens, L tokens of a
-packed row, K completions of a row, H hidden size, V vocabulary. `logprobs[:, t]` scores `completion[t]`. A mask is True
-where a token counts: up to and including the first stop token.
+Shapes: P prompts, G completions per prompt, B = P*G, L_q prompt tokens, T completion tokens, R rows of L tokens with K
+completions each, H hidden size, V vocabulary. `logprobs[:, t]` scores token t of a completion. `mask` is True where a
+token counts: up to and including the first stop token.
 
 Deliberately not here: inference servers, LoRA, tools and several turns, images, sharded weights. See TRL or verl.
 """
@@ -39,12 +39,11 @@ import shutil
 import sys
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import datasets
 import torch
@@ -53,7 +52,7 @@ import transformers
 import tyro
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
@@ -67,105 +66,57 @@ class Args:
     """GRPO: train a language model by reinforcement learning with verifiable rewards."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem
-    """Name of the experiment, part of the run folder's name."""
-    seed: int = 1
-    """Seed of initial weights, data order and samples."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run. auto: CUDA if available."""
-    output_dir: str = "runs"
-    """Parent of the run folder {task}__{exp_name}__{seed}__{unix time}."""
-    resume: str | None = None
-    """Run folder to continue, with that run's flags and no others."""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of initial weights, data order and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run. auto: CUDA if available
+    output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
+    resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- common to the language-model scripts
-    model_name_or_path: str | None = None
-    """Hub name or folder. None: a tiny model pretrained here on addition."""
-    dataset_name: str | None = None
-    """Hub name, folder, .jsonl or .parquet. None: two-digit addition."""
-    dataset_config: str | None = None
-    """Configuration on the hub, such as main for openai/gsm8k."""
-    dataset_train_split: str = "train"
-    """Split to train on."""
-    dataset_test_split: str = "test"
-    """Split to evaluate on. If the data has none, up to a tenth of the training
-    rows is held out, the same rows for every seed."""
-    max_eval_samples: int = 512
-    """Held-out rows to evaluate on."""
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast) with fp32 weights and optimizer.
-    On by default where CUDA is available."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    max_tokens_per_microbatch: int = 4096
-    """Tokens per forward and backward pass. Affects memory and speed only."""
-    learning_rate: float | None = None
-    """Peak. None: 1e-3 for the tiny model, 1e-6 for a given one."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """Decay of the learning rate, to 0 at the last optimizer step."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
-    max_grad_norm: float = 1.0
-    """Global norm to which gradients are clipped."""
-    save_steps: int = 50
-    """Steps between checkpoints. There is always one at the end."""
-    eval_steps: int = 50
-    """Steps between evaluations, besides those before and after training."""
-    sft_steps: int = 1200
-    """Supervised steps that make the tiny model, before the method starts."""
+    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model pretrained here on addition
+    dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
+    dataset_config: str | None = None  # configuration on the hub, such as main for openai/gsm8k
+    dataset_train_split: str = "train"  # split to train on
+    dataset_test_split: str = "test"  # split to evaluate on. If absent, up to a tenth of train is held out
+    max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, with fp32 weights. Default: if CUDA
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    max_tokens_per_microbatch: int = 4096  # tokens per forward and backward pass. Affects memory and speed only
+    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, 1e-6 for a given one
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to 0 at the last optimizer step
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
+    save_steps: int = 50  # steps between checkpoints. There is always one at the end
+    eval_steps: int = 50  # steps between evaluations, besides the first and the last
+    sft_steps: int = 1200  # supervised steps that make the tiny model
 
-    # ---- GRPO: rollout and reward
-    max_steps: int = 200
-    """Rollouts. Each is followed by --num-iterations optimizer steps."""
-    generation_batch_size: int = 256
-    """Completions per rollout, over all prompts and processes."""
-    num_generations: int = 8
-    """G, completions per prompt."""
-    max_completion_length: int = 256
-    """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
-    """Divides the logits in the sampler and in the loss."""
-    eval_generations: int = 8
-    """Completions per held-out prompt, the k of pass@k."""
-    reward_model_path: str | None = None
-    """Hub name or folder of a sequence classifier with one logit. Its score is
-    added to the reward functions'."""
-    normalize_reward_model: bool = False
-    """Standardize its score by the statistics that reward_model.py saved."""
-
-    # ---- GRPO: loss
+    # ---- GRPO
+    max_steps: int = 200  # rollouts. Each is followed by --num-iterations optimizer steps
+    generation_batch_size: int = 256  # completions per rollout, over all prompts and processes
+    num_generations: int = 8  # G, completions per prompt
+    max_completion_length: int = 256  # tokens after which a completion is cut off
+    temperature: float = 1.0  # divides the logits in the sampler and in the loss
+    eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
+    reward_model_path: str | None = None  # sequence classifier with one logit, added to the reward functions
+    normalize_reward_model: bool = False  # standardize its score by the statistics that reward_model.py saved
+    # mean over all tokens (dapo, cispo), over each completion first (grpo), or sum / (completions * maximum) (dr_grpo)
     loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"
-    """Mean over all tokens (dapo, cispo), over each completion first (grpo), or
-    sum / completions / --max-completion-length (dr_grpo)."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Ratio per token, or its geometric mean per completion. sequence is GSPO:
-    use --loss-type grpo and epsilons near 3e-4."""
-    epsilon: float = 0.2
-    """The ratio is clipped below 1 - epsilon."""
-    epsilon_high: float = 0.28
-    """The ratio is clipped above 1 + epsilon_high (DAPO's clip-higher)."""
-    beta: float = 0.0
-    """Weight of the KL to the initial model, per token, in the loss."""
-    num_iterations: int = 1
-    """Optimizer steps per rollout (mu in GRPO's algorithm 1)."""
-    mask_truncated_completions: bool = False
-    """Leave completions that were cut off out of the loss (DAPO)."""
-
-
-# ---- the method ------------------------------------------------------------------------------------------------------
+    scale_rewards: Literal["group", "none"] = "group"  # divide by the group's standard deviation. none: Dr. GRPO
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence: GSPO, for --loss-type grpo
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon. GSPO: 3e-4
+    epsilon_high: float = 0.28  # the ratio is clipped above 1 + epsilon_high (clip-higher of DAPO). GSPO: 4e-4
+    beta: float = 0.0  # weight of the KL to the initial model, per token, in the loss
+    num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO's algorithm 1)
+    mask_truncated_completions: bool = False  # leave completions that were cut off out of the loss (DAPO)
 
 
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
-    """Advantages (P, G): rewards (P, G) minus the group's mean, with "group" also divided by its standard deviation.
-
-    The standard deviation has ddof 1 plus 1e-4, as in TRL. Equal rewards give exactly 0."""
+    """Advantages (P, G): rewards (P, G) minus their group's mean, "group" over its standard deviation (ddof 1, plus
+    1e-4, as in TRL). Equal rewards give exactly 0."""
     advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # (P, 1)
-    return advantages.masked_fill(equal, 0.0)
+    return advantages.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
 
 
 def grpo_loss(
@@ -174,16 +125,12 @@ def grpo_loss(
     max_completion_length: int | None = None, importance_sampling_level: Literal["token", "sequence"] = "token",
     num_tokens: float | None = None, num_sequences: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's loss, to be minimized, and its statistics (means over tokens).
+    """GRPO's loss, to be minimized, and statistics that are means over tokens. Inputs are (B, T), advantages (B,).
 
-    logprobs, old_logprobs, ref_logprobs and mask are (B, T), advantages (B,). num_tokens and num_sequences count the
-    whole update, so that the losses of its micro-batches, on all processes, add up to the whole (None: this is all).
-    On-policy the ratio is 1 and the loss is minus the mean advantage, about 0, but its gradient is not. CISPO's loss is
-    not 0 either.
-
-    The KL term's gradient is ratio * log(pi / pi_ref) * grad log pi: that of each token's reverse KL(pi || pi_ref),
-    also off-policy. Differentiating k1 or k3 directly gives another gradient. The effect of a token on the KL of later
-    tokens is ignored."""
+    num_tokens and num_sequences count the whole update, so that the losses of its micro-batches and processes add up.
+    On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0. The KL term's
+    gradient is ratio * log(pi / pi_ref) * grad log pi, that of each token's reverse KL, also off-policy (differentiating
+    k1 or k3 would give another). A token's effect on the KL of later tokens is ignored."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -193,11 +140,10 @@ def grpo_loss(
         ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(log_ratio)  # (B, T), GSPO eq. 7
     advantages = advantages[:, None]  # (B, 1)
     too_low, too_high = (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+    losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)  # (B, T)
     if loss_type == "cispo":  # MiniMax-M1, eq. 4 and 5: the clipped ratio is a constant weight, with no lower bound
         too_low, too_high = torch.zeros_like(mask), ratio > 1 + epsilon_high
         losses = -ratio.clamp(max=1 + epsilon_high).detach() * advantages * logprobs  # (B, T)
-    else:
-        losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)  # (B, T)
     if beta != 0.0:
         log_ratio_ref = torch.where(mask, logprobs - ref_logprobs, 0.0)  # (B, T)
         losses = losses + beta * log_ratio.detach().exp() * log_ratio_ref.square() / 2
@@ -209,9 +155,8 @@ def grpo_loss(
     else:
         loss = losses.sum() / num_tokens  # DAPO eq. 8
     stats = {
-        "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3: distance from the policy of the first pass
-        "train/clip_ratio/low_mean": too_low.float(),
-        "train/clip_ratio/high_mean": too_high.float(),
+        "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3: distance from the policy before the update
+        "train/clip_ratio/low_mean": too_low.float(), "train/clip_ratio/high_mean": too_high.float(),
         "train/clip_ratio/region_mean": (too_low | too_high).float(),
     }
     if beta != 0.0:
@@ -219,32 +164,27 @@ def grpo_loss(
     return loss, {name: torch.where(mask, value.detach(), 0.0).sum() / num_tokens for name, value in stats.items()}
 
 
-def lr_factor(step: int, total_steps: int, warmup_steps: int, kind: Literal["constant", "linear", "cosine"]) -> float:
-    """Share of the peak learning rate at optimizer step 0..total_steps-1: linear and cosine end at exactly 0."""
-    progress = max(0, step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: Literal["constant", "linear", "cosine"]) -> float:
+    """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
+    progress = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[kind]
     return decay * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-# ---- rewards: edit these ---------------------------------------------------------------------------------------------
-# A reward function returns a number, or None where it does not apply. `answer` is None for data without answers.
-
+# ---- Rewards, to be edited. They return a number, or None where they do not apply.
 NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
 
 def extract_number(text: str) -> float | None:
-    """The number of the last answer marked by `#### N` or `\\boxed{N}`, else the last number in the text.
-
-    None if there is none, or if the marked answer is a formula. A unit may follow the number, as in `72 apples`."""
+    """The number (a unit may follow it) of the last answer marked by `#### N` or `\\boxed{N}`, else the last number in
+    the text. None if there is none, or if the marked answer is a formula."""
     text = text.replace("\u2212", "-").replace("{,}", ",")
-    marked = MARKED.findall(text)
-    if marked:
+    found = re.findall(NUMBER, text)
+    if marked := MARKED.findall(text):
         content = re.sub(r"[$\\*]", "", "".join(marked[-1])).strip()
         found = re.findall(rf"^({NUMBER})\s*%?(?:\s[^\d+*/^=]*)?\.?$", content)
-    else:
-        found = re.findall(NUMBER, text)
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -263,262 +203,225 @@ def format_reward(prompt: str, completion: str, answer: str | None) -> float | N
 REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # (function, weight in the sum); weight 0 only logs
 
 
-def score_completions(
-    examples: list[dict], texts: list[str], reward_model: Callable | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rewards (B,) of the completions texts, and each part of the sum by name (B,), nan where it does not apply."""
-    parts = {}
+def score_completions(samples: list[dict], reward_model: Callable | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rewards (B,) of samples {prompt, text, answer, ...}, and the parts of that sum by name (B,), nan for None."""
+    parts, weights = {}, [*(weight for _, weight in REWARDS), 1.0]
     for function, _ in REWARDS:
-        values = [function(example["prompt"], text, example["answer"]) for example, text in zip(examples, texts)]
-        for example, value in zip(examples, values):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{function.__name__} returned {value} for the prompt {example['prompt']!r}")
+        values = [function(sample["prompt"], sample["text"], sample["answer"]) for sample in samples]
         parts[function.__name__] = torch.tensor([math.nan if value is None else float(value) for value in values])
-    weights = [weight for _, weight in REWARDS]
     if reward_model is not None:
-        parts["reward_model"] = reward_model(examples, texts)
-        weights.append(1.0)
-    table = torch.stack([part for part, weight in zip(parts.values(), weights) if weight])  # (rewards, B)
-    if table.isnan().all(0).any():
-        example = examples[table.isnan().all(0).nonzero()[0]]
-        raise ValueError(f"no reward applies to the prompt {example['prompt']!r} with the answer {example['answer']!r}")
-    return (torch.tensor([weight for weight in weights if weight])[:, None] * table).nansum(0), parts
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
+        parts["reward_model"] = reward_model(samples)
+    table = torch.stack([weight * part for weight, part in zip(weights, parts.values()) if weight])  # (rewards, B)
+    rewards = table.nansum(0).masked_fill(table.isnan().all(0), math.nan)  # (B,)
+    for sample, reward in zip(samples, rewards.tolist()):
+        if not math.isfinite(reward):
+            raise ValueError(f"the reward is {reward} for {sample['prompt']!r} with the answer {sample['answer']!r}")
+    return rewards, parts
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
-    """All 8100 sums of two two-digit numbers, the same at least 512 of them held out for every seed.
-
-    Each a+b is on the same side as its mirror image b+a."""
+    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
-    train, held_out = [], []
-    for a, b in pairs:
-        side = held_out if len(held_out) < 512 else train
-        side += [{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in dict.fromkeys([(a, b), (b, a)])]
-    return train, held_out
+    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]
+    return sum(rows[262:], []), sum(rows[:262], [])
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
-    """One demonstrator's completion. The careful one (25%) adds the units first: `47+85=` -> `-12=132`. The hasty one
-    writes the sum at once, always forgets the carry, and is off by one more half of the time."""
+    """A completion by a careful demonstrator (25%), who adds the units first (`47+85=` -> `-12=132`), or a hasty one,
+    who writes the sum at once, always forgets the carry, and is off by one more half of the time."""
     a, b = map(int, row["prompt"][:-1].split("+"))
-    units = a % 10 + b % 10
-    if rng.random() < 0.25:
-        return f"-{units}={a + b}"
-    return str(a + b - 10 * (units >= 10) + rng.choice((-1, 0, 0, 1)))
-
-
-def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Rows of the training and of the test split of --dataset-name. The latter may be empty."""
-    datasets.disable_progress_bars()
-    path = Path(args.dataset_name)
-    files = sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")])  # of a folder: one split per file
-    data_files = {file.stem: str(file) for file in files}
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        data_files = {args.dataset_train_split: str(path)}
-    elif path.is_file():
-        raise ValueError(f"--dataset-name {path} must be a .jsonl or .parquet file, or a folder of them")
-    if data_files:
-        kind = "parquet" if next(iter(data_files.values())).endswith(".parquet") else "json"
-        data = datasets.load_dataset(kind, data_files=data_files)
-    else:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config)
-    if args.dataset_train_split not in data:
-        raise ValueError(f"--dataset-train-split {args.dataset_train_split} is not one of {sorted(data)}")
-    return list(data[args.dataset_train_split]), list(data.get(args.dataset_test_split, ()))
-
-
-def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
-    """Examples {prompt, turns, answer, ids} of rows with the columns of TRL (`prompt` or `messages`; `answer` or
-    `solution`) or GSM8K (`question`, `answer`). A prompt is a string or a list of {role, content}.
-
-    Raises ValueError for a row without a prompt, and if more than 1% of the prompts have over max_length tokens or
-    characters that the tokenizer does not know. Fewer are left out."""
-    examples, left_out = [], []
-    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
-    for number, row in enumerate(rows, 1):
-        turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key)), None)
-        answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
-        if isinstance(turns, str):
-            turns = [{"role": "user", "content": turns}]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) and turn.get("content") for turn in turns):
-            raise ValueError(f"--dataset-name: row {number} has the columns {sorted(row)}; it needs `prompt`, `question` "
-                             "or `messages`, a text or a list of {role, content}")
-        if turns[-1]["role"] == "assistant":  # `messages` may include the answer
-            turns = turns[:-1]
-        prompt = "\n".join(turn["content"] for turn in turns)
-        if tokenizer.chat_template is None:
-            ids = tokenizer(prompt).input_ids
-            ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers end every text
-        else:
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        if len(ids) > max_length or unknown & set(ids):
-            left_out.append(f"row {number} has {len(ids)} tokens, {len(unknown & set(ids))} of them unknown")
-        else:
-            examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
-    if len(left_out) > len(rows) / 100:
-        raise ValueError(f"--dataset-name: {len(left_out)} of {len(rows)} prompts are longer than {max_length} tokens "
-                         f"or have characters that the tokenizer does not know: {left_out[0]}")
-    if left_out and os.environ.get("RANK", "0") == "0":
-        print(f"{len(left_out)} of {len(rows)} prompts are left out: {left_out[0]}")
-    return examples
-
-
-def hold_out(examples: list[dict], max_count: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples: at most max_count and at most a tenth. Rows of one prompt stay together."""
-    groups = defaultdict(list)
-    for example in examples:
-        groups[tuple(example["ids"])].append(example)
-    train, held_out = [], []
-    for group in reversed(groups.values()):
-        fits = len(held_out) + len(group) <= min(max_count, len(examples) // 10)
-        (held_out if fits else train).extend(group)
-    if not held_out:
-        raise ValueError(f"--dataset-name has {len(examples)} rows with {len(groups)} prompts and no test split: too "
-                         "few to hold out a tenth")
-    return train, held_out
-
-
-def data_order(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Row indices at positions start..start+count-1 of endless passes over size rows, each epoch in a new order.
-
-    There is no state: a resumed run only needs its step."""
-    positions = range(start, start + count)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(size), size) for epoch in {p // size for p in positions}}
-    return [orders[p // size][p % size] for p in positions]
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
-
-SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 4e-3  # found by trial
+    hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
+    return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
 
 
 def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
     """Train a Llama of 0.5M parameters with a character tokenizer on demonstrations; write a Hugging Face folder."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
     characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0,
+        bos_token_id=None, eos_token_id=1,
     )).to(device)
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, 50, "cosine"))
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True), random.Random(seed)
     for _ in trange(steps, desc="supervised", leave=False):
-        batch = rng.choices(rows, k=SFT_BATCH_SIZE)
-        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in batch]
+        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
         ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
         labels[:, : len("47+85=")] = -100  # the prompt is not learned
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss  # causal attention: padding needs no mask
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
         optimizer.step()
-        scheduler.step()
+        optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def load_pretrained(
-    name: str, flag: str, auto_class: type = AutoModelForCausalLM
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in fp32 (bf16 weights would swallow updates of a small learning rate) without dropout; its tokenizer."""
-    folder = Path(name)
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"{flag} {name}: there is no such folder")
-    if folder.is_dir() and not ((folder / "config.json").is_file() and [*folder.glob("*token*"), *folder.glob("vocab*")]):
-        raise ValueError(f"{flag} {name} must hold config.json and a tokenizer's files. A run's model is in its model/")
+def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
+    """A model in fp32 (bf16 weights would swallow updates of a small learning rate), without dropout; its tokenizer."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
+    if is_path and not (Path(name, "config.json").is_file() and list(Path(name).glob("*token*"))):
+        raise ValueError(f"{flag} {name} is no folder with config.json and tokenizer files (a run's are in its model/)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():
-                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                    setattr(part, key, 0.0)
+            vars(part).update({key: 0.0 for key, x in vars(part).items() if isinstance(x, float) and "drop" in key})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{flag} {name} cannot be loaded: {error}") from error
     if report["missing_keys"]:
         raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
     return model, tokenizer
 
 
-def make_microbatches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in batches of similar length with rows * longest row <= max_tokens. A longer row goes alone."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):  # ascending: the newest row is the longest
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
-            batches[-1].append(index)
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows of the training split and of the test split of --dataset-name. The latter may be missing."""
+    name, kinds = args.dataset_name, {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    kind = kinds.get(Path(name).suffix)  # of a file, else a folder or a name on the hub
+    if kind is None and Path(name).is_file():
+        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
+    datasets.disable_progress_bars()
+    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
+    if missing := {args.dataset_train_split, args.dataset_test_split} - {*splits, "test"}:
+        raise ValueError(f"--dataset-name {name} has the splits {sorted(splits)}, not {missing.pop()}")
+    return list(splits[args.dataset_train_split]), list(splits.get(args.dataset_test_split, ()))
+
+
+def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
+    """Examples {prompt, turns, answer, ids} of rows with the columns of TRL (`prompt` or `messages`; `answer` or
+    `solution`) or GSM8K (`question`, `answer`), without prompts that are too long or unreadable for the tokenizer."""
+    examples = []
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    for number, row in enumerate(rows, 1):
+        turns = row.get("prompt") or row.get("question") or row.get("messages")
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) and turn.get("content") for turn in turns):
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`, `question` or "
+                             "`messages` that is a text or a list of {role, content}")
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
+        prompt = "\n".join(turn["content"] for turn in turns)
+        if tokenizer.chat_template is not None:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         else:
-            batches.append([index])
-    return batches
+            ids = tokenizer(prompt).input_ids
+            ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append EOS
+        answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
+        if len(ids) <= max_length and not unknown & {*ids}:
+            examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
+    if left_out := len(rows) - len(examples):
+        print(f"{left_out} of {len(rows)} prompts are left out: over {max_length} tokens, or with unknown characters")
+    return examples
 
 
-def load_reward_model(
-    name: str, normalize: bool, max_tokens: int, device: torch.device, bf16: bool
-) -> Callable[[list[dict], list[str]], Tensor]:
-    """A function score(examples, texts) -> (B,): the logit of a sequence classifier for each prompt with its completion.
-
-    It reads them through its own tokenizer, and its chat template if it has one, cut at the classifier's context."""
-    model, tokenizer = load_pretrained(name, "--reward-model-path", AutoModelForSequenceClassification)
-    if model.config.num_labels != 1:
-        raise ValueError(f"--reward-model-path {name} must have one logit, not {model.config.num_labels}")
-    if normalize and not hasattr(model.config, "reward_std"):
-        raise ValueError(f"--normalize-reward-model: {name} has no reward_mean and reward_std in its config")
-    model.to(device)
-    model.config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
+def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]], Tensor]:
+    """A function of samples {prompt, turns, text, ...}: the logits (B,) of a sequence classifier with its own tokenizer
+    and chat template. They are computed in fp32, as a bf16 score between 4 and 8 has steps of 1/32."""
+    name, flag = args.reward_model_path, "--reward-model-path"
+    model, tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
+    config, template = model.to(device).config, tokenizer.chat_template is not None
+    if config.num_labels != 1 or args.normalize_reward_model and not hasattr(config, "reward_std"):
+        raise ValueError(f"{flag} {name} needs one logit, and reward_std in its config for --normalize-reward-model")
+    config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
     tokenizer.truncation_side = "right"
-    max_length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
-    options = {"truncation": True, "max_length": max_length}
+    max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
 
     @torch.no_grad()
-    def score(examples: list[dict], texts: list[str]) -> Tensor:
-        if tokenizer.chat_template is None:
-            ids = [tokenizer(e["prompt"] + text, **options).input_ids for e, text in zip(examples, texts)]
-        else:
-            chats = [[*e["turns"], {"role": "assistant", "content": text}] for e, text in zip(examples, texts)]
-            ids = [tokenizer.apply_chat_template(c, tokenize=True, return_dict=False, **options) for c in chats]
-        scores = torch.zeros(len(ids))
-        for mb in make_microbatches([len(x) for x in ids], max_tokens):
+    def score(samples: list[dict]) -> Tensor:
+        texts = [sample["prompt"] + sample["text"] for sample in samples]
+        if template:
+            chats = [[*sample["turns"], {"role": "assistant", "content": sample["text"]}] for sample in samples]
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        ids = tokenizer(texts, add_special_tokens=not template, truncation=True, max_length=max_length).input_ids
+        scores, lengths = torch.zeros(len(ids)), torch.tensor([len(x) for x in ids])  # (B,), (B,)
+        for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")
-            inputs = {key: inputs[key].to(device) for key in ("input_ids", "attention_mask")}  # (b, L)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                if not isinstance(getattr(model, "score", None), nn.Linear):
-                    scores[mb] = model(**inputs).logits[:, 0].float().cpu()
-                    continue
-                hidden = model.base_model(**inputs).last_hidden_state  # (b, L, H)
-            last = inputs["attention_mask"].sum(1) - 1  # (b,)
-            scores[mb] = model.score(hidden[range(len(mb)), last].float())[:, 0].cpu()  # in bf16 it would be rounded
-        return (scores - model.config.reward_mean) / model.config.reward_std if normalize else scores
+            scores[mb] = model(inputs.input_ids.to(device), inputs.attention_mask.to(device)).logits[:, 0].cpu()
+        return (scores - config.reward_mean) / config.reward_std if args.normalize_reward_model else scores
 
     return score
 
 
-# ---- log-probabilities -----------------------------------------------------------------------------------------------
-
 TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
 
 
+class KeyValueCache(DynamicCache):
+    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, and SDPA would cast all of them every token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) from softmax(logits / temperature), by the inverse CDF at uniform (B,), and their logprobs (B,).
+    Temperature 0: the argmax, and its logprob at temperature 1. An fp32 CDF would lose a large vocabulary's tail."""
+    logits = logits.float() / (temperature or 1.0)
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
+    cdf = probs.cumsum(1, dtype=torch.float64)  # (B, V)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
+    token = token if temperature > 0 else probs.argmax(1, keepdim=True)
+    return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
+    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """num_generations completions of each left-padded prompt query (P, L_q): response, logprobs (fp32) and mask, each
+    (P*G, T), grouped by prompt, T the longest completion's length. They follow softmax(logits / temperature), whatever
+    the generation config says, up to their first stop id, which counts, or to max_completion_length tokens.
+
+    Random numbers are drawn for all processes, so that samples do not depend on the number of processes."""
+    model.eval()  # in training mode, gradient checkpointing drops the cache
+    B, T, device = len(query) * num_generations, max_completion_length, query.device
+    uniform = torch.rand(T, world_size * B, dtype=torch.float64, generator=generator)
+    uniform = uniform[:, rank * B : (rank + 1) * B].to(device)  # (T, B)
+    response, logprobs = torch.full((B, T), pad_id, device=device), torch.zeros(B, T, device=device)
+    mask, stop = torch.zeros(B, T, dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
+    cache, ids, padded = KeyValueCache(config=model.config), query, not bool(attention_mask.all())
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
+    rows = torch.arange(B, device=device)  # (b,): completions in the batch
+    live = torch.ones_like(rows, dtype=torch.bool)  # (b,): have not stopped
+    for t in range(T):
+        logits = model(
+            input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # (b, V), at t = 0 (P, V)
+        if t == 0:  # each prompt was read once, for all its completions
+            kept = rows // num_generations  # (B,)
+            cache.reorder_cache(kept)
+            logits, attention_mask, position_ids = logits[kept], attention_mask[kept], position_ids[kept, -1:]
+        size = max(1, TILE[device.type] // logits.shape[1])
+        drawn = [sample_tokens(*x, temperature) for x in zip(logits.split(size), uniform[t, rows].split(size))]
+        token, logprob = (torch.cat(x) for x in zip(*drawn))  # (b,), (b,)
+        response[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, live
+        live = live & ~torch.isin(token, stop)
+        if not live.any():
+            break
+        if live.sum() <= 0.8 * len(rows):  # completions that have stopped leave, but not each at once: it is a copy
+            kept = live.nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            rows, live, token = rows[kept], live[kept], token[kept]
+            attention_mask, position_ids = attention_mask[kept], position_ids[kept]
+        ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
+        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
+    response, logprobs = response.masked_fill(~mask, pad_id), logprobs.masked_fill(~mask, 0.0)
+    return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
+
+
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, without an (N, V) tensor: by tiles of the
-    vocabulary, in the forward and in the backward pass. hidden (N, H), weight (V, H), target (N,)."""
+    """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
+    (N,). Forward and backward go by tiles of the vocabulary: there is no (N, V) tensor."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
         h = hidden.to(dtype)  # (N, H)
-        logit = torch.zeros(len(h), device=h.device)  # (N,)
-        logsumexp = torch.full_like(logit, -torch.inf)  # (N,)
+        logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
         size = max(1, TILE[h.device.type] // max(1, len(h)))
         for start in range(0, len(weight), size):
             logits = (h @ weight[start : start + size].to(dtype).T).float().div_(temperature)  # (N, size)
@@ -526,7 +429,7 @@ class TokenLogprobs(torch.autograd.Function):
             inside = ((target >= start) & (target < start + size)).nonzero()[:, 0]  # rows with their target here
             logit[inside] = logits[inside, target[inside] - start]
         ctx.save_for_backward(h, weight, target, logsumexp)
-        ctx.temperature, ctx.size, ctx.hidden_dtype = temperature, size, hidden.dtype
+        ctx.temperature, ctx.size = temperature, size
         return logit - logsumexp
 
     @staticmethod
@@ -542,350 +445,198 @@ class TokenLogprobs(torch.autograd.Function):
             d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
             d_hidden += d @ w
             d_weight[start : start + ctx.size] = d.T @ h
-        return d_hidden.to(ctx.hidden_dtype), d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions. Sliding windows and linear attention do not take a tree mask."""
+    """Whether a row may hold several completions: sliding windows and linear attention cannot use a tree mask."""
     config = model.config.get_text_config()
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    return full and getattr(config, "sliding_window", None) is None and model.config._attn_implementation == "sdpa"
+    full = {*(getattr(config, "layer_types", None) or ["full_attention"])} == {"full_attention"}
+    return full and not getattr(config, "sliding_window", None) and model.config._attn_implementation == "sdpa"
 
 
 def completion_logprobs(
     model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], temperature: float
 ) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of the tokens of B completions, K for each of the B/K prompts in turn; 0 after
-    a completion's end. T is the longest completion's length.
+    """Log-probabilities (B, T) in fp32 of B completions, K = B / len(prompts) per prompt in turn; 0 after their end.
 
-    A row of the forward pass holds a prompt once and then its K completions, a tree: each completion attends to the
-    prompt and to itself, and its positions go on from the prompt's end."""
-    K = len(completions) // len(prompts)
+    A row of the forward pass is a tree: a prompt once, then its K completions. Each of them attends to the prompt and
+    to itself, and its positions continue those of the prompt."""
+    K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
-    rows, before, targets = [], [], []  # before: (row, place) of the token before each target
+    rows, before = [], []  # (token, position, branch) of each input; (row, index) of the input before each target
     for r, prompt in enumerate(prompts):
-        tokens, positions, branches = [*prompt], [*range(len(prompt))], [0] * len(prompt)
+        row = [(token, t, 0) for t, token in enumerate(prompt)]
         for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
-            places = [len(prompt) - 1, *range(len(tokens), len(tokens) + len(completion) - 1)]
-            before += [(r, place) for place in places[: len(completion)]]
-            targets += completion
-            tokens += completion[:-1]  # the last token predicts nothing
-            positions += range(len(prompt), len(prompt) + len(completion) - 1)
-            branches += [branch] * (len(completion) - 1)
-        rows.append(torch.tensor([tokens, positions, branches]).T)
-    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(model.device).unbind(2)  # (R, L) each
-    dtype = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else torch.float32
-    inputs = {}  # K = 1: causal attention, and padding on the right needs no mask
-    if K > 1:
+            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
+            before += [(r, index) for index in indices[: len(completion)]]
+            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
+        rows.append(torch.tensor(row))
+    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    inputs = {"input_ids": ids, "use_cache": False}
+    if K > 1:  # else causal attention does, which needs no mask for padding on the right
         attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
-        mask = torch.zeros(attend.shape, dtype=dtype, device=ids.device)  # SDPA would convert a bool one in each layer
-        inputs = {"attention_mask": mask.masked_fill_(~attend, torch.finfo(dtype).min)[:, None],
-                  "position_ids": position_ids}
-    hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state  # (R, L, H)
-    row, place = torch.tensor(before, device=ids.device).T  # (N,), (N,)
-    targets = torch.tensor(targets, device=ids.device)  # (N,)
+        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
+        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
+    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
+    row, index = torch.tensor(before, device=device).T  # (N,), (N,)
+    target = torch.tensor([token for completion in completions for token in completion], device=device)  # (N,)
     head = model.get_output_embeddings().weight  # (V, H)
-    logprobs = TokenLogprobs.apply(hidden[row, place], head, targets, temperature, dtype)  # (N,)
-    lengths = torch.tensor([len(completion) for completion in completions], device=ids.device)  # (B,)
-    mask = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]  # (B, T)
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
+    logprobs = TokenLogprobs.apply(hidden[row, index], head, target, temperature, dtype)  # (N,)
+    return pad_sequence(logprobs.split([len(completion) for completion in completions]), batch_first=True)
 
 
-def pack(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], max_tokens: int
-) -> list[tuple[list[int], list[list[int]], list[list[int]]]]:
-    """Micro-batches (indices of completions, prompts, completions) for completion_logprobs, each of about max_tokens.
+def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
+    """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
 
-    K completions share a row, so that their prompt is computed once. As attention to a tree is dense, with a cost of
-    4 L^2 H per layer beside the 24 L H^2 of the weights, long completions share rows with fewer others."""
-    G, H = len(completions) // len(prompts), model.config.get_text_config().hidden_size
-    L_q, T = (sum(map(len, x)) / len(x) for x in (prompts, completions))
-    longest = max(map(len, prompts)), max(map(len, completions))
-    cost = {}
-    for K in range(1, G + 1):
-        L = L_q + K * T
-        if K == 1 or (fits_tree(model) and G % K == 0 and longest[0] + K * longest[1] <= max_tokens):
-            cost[K] = L / K * (1 + L / (6 * H))
-    K = min(cost, key=cost.get)
-    rows = range(len(completions) // K)
-    lengths = [len(prompts[r * K // G]) + sum(map(len, completions[r * K : (r + 1) * K])) for r in rows]
-    microbatches = []
-    for batch in make_microbatches(lengths, max_tokens):
-        indices = [i for r in batch for i in range(r * K, (r + 1) * K)]
-        microbatches.append((indices, [prompts[r * K // G] for r in batch], [completions[i] for i in indices]))
-    return microbatches
+    K of the G completions of a prompt share a row, which computes the prompt once. But attention in a row of
+    L = L_q + K T tokens is dense: 4 L^2 H per layer beside 24 L H^2 for the weights. Their sum is least at K = best."""
+    L_q, T = (sum(len(sample[key]) for sample in samples) / len(samples) for key in ("ids", "completion"))
+    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
+    K = max(K for K in range(1, G + 1) if K == 1 or G % K == 0 and K <= best and L_q + K * T <= max_tokens)
+    rows = [samples[i : i + K] for i in range(0, len(samples), K)]
+    lengths = [len(row[0]["ids"]) + sum(len(sample["completion"]) for sample in row) for row in rows]
+    batches: list[list[int]] = [[]]
+    for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[r] > max_tokens:
+            batches.append([])
+        batches[-1].append(r)
+    return [
+        ([r * K + k for r in batch for k in range(K)], [rows[r][0]["ids"] for r in batch],
+         [sample["completion"] for r in batch for sample in rows[r]])
+        for batch in batches
+    ]
 
 
-# ---- rollout ---------------------------------------------------------------------------------------------------------
-
-
-class KeyValueCache(DynamicCache):
-    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, and SDPA would cast all of them every token."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
-
-
-def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) from softmax(logits / temperature) by the inverse of its CDF at uniform (B,) in fp64, and their
-    log-probabilities (B,). Temperature 0: the argmax, with its log-probability at temperature 1.
-
-    An fp32 sum or random number could not draw the tail of a large vocabulary."""
-    tokens, logprobs = [], []
-    size = max(1, TILE[logits.device.type] // logits.shape[1])
-    for part, u in zip(logits.split(size), uniform.split(size)):  # (b, V), (b,)
-        part = part.float() / (temperature or 1.0)
-        probs = part.sub_(part.amax(1, keepdim=True)).exp_()  # (b, V), up to a factor
-        cdf = probs.cumsum(1, dtype=torch.float64)  # (b, V)
-        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # (b, 1)
-        token = probs.argmax(1, keepdim=True) if temperature == 0 else token
-        tokens.append(token[:, 0])
-        logprobs.append((probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float())
-    return torch.cat(tokens), torch.cat(logprobs)
-
-
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
-    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0,
-    world_size: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """num_generations completions of each left-padded prompt query (P, L_q): response, logprobs (fp32) and mask, each
-    (P*G, T), grouped by prompt, T the longest completion's length.
-
-    The distribution is softmax(logits / temperature), whatever the generation config says. A completion ends with its
-    first stop id, which counts, or at max_completion_length. Random numbers are drawn for the completions of all
-    processes, so that the samples do not depend on the number of processes."""
-    training = model.training
-    model.eval()  # in training mode, gradient checkpointing drops the cache
-    B, device = len(query) * num_generations, query.device
-    uniform = torch.rand(max_completion_length, world_size * B, dtype=torch.float64, generator=generator)
-    uniform = uniform[:, rank * B : (rank + 1) * B].to(device)  # (T, B)
-    response = torch.full((B, max_completion_length), pad_id, device=device)
-    logprobs = torch.zeros(B, max_completion_length, device=device)
-    mask = torch.zeros(B, max_completion_length, dtype=torch.bool, device=device)
-    stop = torch.tensor(stop_ids, device=device)
-    padded = not bool(attention_mask.all())  # if nothing is padded, attention is faster without a mask
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
-    cache, ids = KeyValueCache(config=model.config), query
-    rows = torch.arange(B, device=device)  # (b,): the completions that are still computed
-    for t in range(max_completion_length):
-        logits = model(
-            input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # (b, V); at t = 0 of the P prompts, each read once
-        if t == 0:
-            first = rows // num_generations  # (B,)
-            cache.reorder_cache(first)
-            logits, attention_mask, position_ids = logits[first], attention_mask[first], position_ids[first, -1:]
-            live = torch.ones_like(rows, dtype=torch.bool)  # (b,): those that have not stopped
-        token, logprob = sample_tokens(logits, uniform[t, rows], temperature)  # (b,), (b,)
-        response[rows, t] = torch.where(live, token, pad_id)
-        logprobs[rows, t] = torch.where(live, logprob, 0.0)
-        mask[rows, t] = live
-        live = live & ~torch.isin(token, stop)
-        num_live = int(live.sum())
-        if num_live == 0:
-            break
-        if num_live <= 0.8 * len(rows):  # now and then, completions that have stopped leave the batch
-            kept = live.nonzero()[:, 0]
-            cache.reorder_cache(kept)
-            rows, live, token, attention_mask, position_ids = (
-                x[kept] for x in (rows, live, token, attention_mask, position_ids)
-            )
-        ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
-        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
-    model.train(training)
-    return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
-
-
-def rollout(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *options
-) -> tuple[list[list[int]], list[str], Tensor, Tensor]:
-    """sample() for lists of token ids: completions as ids and as texts, their logprobs (P*G, T) and mask (P*G, T)."""
-    query = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_attention_mask=True, return_tensors="pt")
-    query = query.to(model.device)
-    response, logprobs, mask = sample(model, query.input_ids, query.attention_mask, *options)
-    completions = [ids[real].tolist() for ids, real in zip(response.cpu(), mask.cpu())]
-    # Decoded together with the prompt: some tokenizers drop the first space of a text.
-    G = len(completions) // len(prompts)
-    prefixes = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    wholes = [prompts[i // G] + completion for i, completion in enumerate(completions)]
-    wholes = tokenizer.batch_decode(wholes, skip_special_tokens=True)
-    return completions, [text[len(prefixes[i // G]) :] for i, text in enumerate(wholes)], logprobs, mask
-
-
-def check_logprobs(model: PreTrainedModel, ids: list[int]) -> None:
-    """Refuse a model whose sampler and completion_logprobs disagree, as when it changes logits after its head."""
-    prompts = [(ids * 8)[:8], (ids * 8)[:5]]
-    query = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]], device=model.device)
-    attention_mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5], device=model.device)
-    response, logprobs, _ = sample(model, query, attention_mask, 2, 8, 1.0, [], 0, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        difference = (completion_logprobs(model, prompts, response.tolist(), 1.0) - logprobs).abs().max()
-    if not difference < 1e-2:
-        raise ValueError(f"--model-name-or-path: log-probabilities of {type(model).__name__} differ by {difference:.3g} "
-                         "between its generation and its hidden states: it is not supported")
-
-
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
-    """Each value's sum over all processes."""
-    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Each of the tensors (n,) with those of all processes, (world_size * n,), in fp32, in the order of their ranks."""
+    values = {name: value.float().to(device) for name, value in values.items()}
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
-
-
-def save(run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict) -> None:
-    """Write model/ (Hugging Face layout) and then checkpoint.pt, each aside and renamed: neither a kill nor a full disk
-    damages the last checkpoint."""
-    model.save_pretrained(run_dir / "model.tmp")
-    tokenizer.save_pretrained(run_dir / "model.tmp")
-    shutil.rmtree(run_dir / "model", ignore_errors=True)
-    os.replace(run_dir / "model.tmp", run_dir / "model")
-    with open(run_dir / "checkpoint.tmp", "wb") as file:
-        torch.save(state, file)
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+        for name, value in values.items():
+            values[name] = value.new_empty(dist.get_world_size() * len(value))
+            dist.all_gather_into_tensor(values[name], value)
+    return values
 
 
 def main(args: Args) -> dict[str, float]:
     """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
-    # ---- set-up: flags, device, processes
+    # ---- set-up
     start_time, checkpoint = time.time(), None
     if args.resume is not None:
-        changed = [f.name for f in fields(Args) if f.name != "resume" and getattr(args, f.name) != getattr(Args(), f.name)]
-        if changed:
-            raise ValueError(f"--{changed[0].replace('_', '-')} cannot be given with --resume, which uses its run's flags")
-        if not Path(args.resume, "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {args.resume}: there is no checkpoint.pt yet, so start the run again")
-        saved = json.loads(Path(args.resume, "args.json").read_text())
-        if saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {args.resume} is a run of {saved['script']}, not of {Path(__file__).name}")
+        run_dir = Path(args.resume)
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+        saved = json.loads((run_dir / "args.json").read_text())
+        changed = [k.replace("_", "-") for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        if changed or saved["script"] != Path(__file__).name:
+            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**{**saved["args"], "resume": args.resume})
-        checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    if args.device == "cuda" and not on_cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    B, G, P = args.generation_batch_size, args.num_generations, args.generation_batch_size // args.num_generations
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if on_cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("max_steps", "save_steps", "eval_steps", "temperature", "max_completion_length", "num_iterations"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    B, G = args.generation_batch_size, args.num_generations
-    if G < 2 or B <= 0 or B % (G * world_size):
-        raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} (at least 2) times "
-                         f"{world_size} processes")
+    if G < 2 or B < G or B % (G * world_size):
+        raise ValueError(f"--generation-batch-size {B}: not a multiple of --num-generations {G} > 1 x {world_size} processes")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
-    # ---- set-up: model, data, run folder, optimizer
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_time = int(sum_over_processes({"time": start_time if rank == 0 else 0.0}, device)["time"])
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{run_time}")
-    embedded = args.model_name_or_path is None
-    initial = f"{run_dir}/sft" if embedded else args.model_name_or_path  # the model that training starts from
+    run_time = torch.tensor(start_time, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.broadcast(run_time, 0)
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+    initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
     if rank == 0:
         print(run_dir)
-        if embedded and args.resume is None:
+        if args.model_name_or_path is None and args.resume is None:
             write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
     if dist.is_initialized():
         dist.barrier()
     model, tokenizer = load_pretrained(initial, "--model-name-or-path")
-    model.to(device)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    rows = load_rows(args) if args.dataset_name else addition_rows()
-    train, held_out = (encode_rows(x, tokenizer, context - args.max_completion_length) for x in rows)
-    if not held_out:
-        train, held_out = hold_out(train, args.max_eval_samples)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - args.max_completion_length
+    splits = load_rows(args) if args.dataset_name else addition_rows()
+    train, held_out = (encode_rows(rows, tokenizer, room) for rows in splits)
+    if not held_out:  # rows of the rarest prompts, so at most a tenth; equal prompts stay on one side
+        counts = Counter(example["prompt"] for example in train)
+        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
     held_out = held_out[: args.max_eval_samples // world_size * world_size]
-    check_logprobs(model, train[0]["ids"])
-    reward_model, autocast = None, partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    if args.reward_model_path is not None:
-        reward_model = load_reward_model(
-            args.reward_model_path, args.normalize_reward_model, args.max_tokens_per_microbatch, device, args.bf16
-        )
-    elif [function for function, weight in REWARDS if weight] == [accuracy_reward]:
-        for example in train + held_out:
-            if accuracy_reward("", "", example["answer"]) is None:
-                raise ValueError(f"--dataset-name: the prompt {example['prompt']!r} needs a number as its `answer` or "
-                                 f"`solution`, not {example['answer']!r}; or use another reward")
+    if not train or not held_out:
+        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
+    reward_model = load_reward_model(args, device) if args.reward_model_path is not None else None
     ref_model = load_pretrained(initial, "--model-name-or-path")[0].to(device) if args.beta != 0.0 else None
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    eos_ids = model.generation_config.eos_token_id
-    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
-    stop_ids = sorted({*eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate or (1e-3 if embedded else 1e-6), weight_decay=0.0, fused=True
-    )
-    total, warmup = args.max_steps * args.num_iterations, args.warmup_steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total, warmup, args.lr_scheduler_type)
-    )
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    metrics, first_step, num_tokens, seconds_before = {}, 0, 0, 0.0
+    eos = model.generation_config.eos_token_id  # an id, a list of ids, or None
+    stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
+    peak_lr = args.learning_rate or (1e-6 if args.model_name_or_path else 1e-3)
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
+    schedule = args.max_steps * args.num_iterations, args.warmup_steps, args.lr_scheduler_type
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    progress = {"step": 0, "num_tokens": 0, "seconds": 0.0, "metrics": {}}
     if checkpoint is not None:
-        for name, part in state.items():
+        progress = {name: checkpoint[name] for name in progress}
+        for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        metrics, first_step, num_tokens = checkpoint["metrics"], checkpoint["step"], checkpoint["num_tokens"]
-        seconds_before = checkpoint["seconds"]
-        del checkpoint
+    start_time -= progress["seconds"]
     if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+        writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
+        flags = json.dumps({"script": Path(__file__).name, "args": asdict(args)}, indent=2)
+        writer.add_text("hyperparameters", f"```\n{flags}\n```")
         if args.resume is None:
-            flags = json.dumps({"script": Path(__file__).name, "args": asdict(args)}, indent=2)
             (run_dir / "args.json").write_text(flags)
-            writer.add_text("hyperparameters", f"```\n{flags}\n```")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+
+    def rollout(examples: list[dict], G: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
+        """G samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*G, T)."""
+        examples = examples[rank * len(examples) // world_size : (rank + 1) * len(examples) // world_size]
+        query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
+        with autocast():
+            response, logprobs, mask = sample(
+                model, query.input_ids.to(device), query.attention_mask.to(device), G, args.max_completion_length,
+                temperature, stop_ids, tokenizer.pad_token_id, torch.Generator().manual_seed(seed), rank, world_size,
+            )
+        samples = []
+        for i, (ids, real) in enumerate(zip(response.cpu(), mask.cpu())):
+            prompt, completion = examples[i // G]["ids"], ids[real].tolist()
+            before, whole = tokenizer.batch_decode([prompt, prompt + completion], skip_special_tokens=True)
+            text = whole[len(before) :]  # decoded alone, some completions would lose their first space
+            samples.append({**examples[i // G], "completion": completion, "text": text})
+        return samples, logprobs, mask
 
     def evaluate(step: int) -> dict[str, float]:
-        """Metrics on held-out prompts: --eval-generations samples at temperature 1, the same random numbers every time,
-        and one greedy completion."""
+        """Metrics on held-out prompts: samples at temperature 1, from the same random numbers each time, and greedy."""
         reference = ref_model or load_pretrained(initial, "--model-name-or-path")[0].to(device)
-        generator = torch.Generator().manual_seed(args.seed)
-        sums, table = defaultdict(float), "| prompt | completion | reward |\n|---|---|---|\n"
-        for K, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
-            for start in range(0, len(held_out), B // G):
-                batch = held_out[start : start + B // G]
-                batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-                prompts = [example["ids"] for example in batch]
-                with autocast():
-                    completions, texts, logprobs, mask = rollout(
-                        model, tokenizer, prompts, K, args.max_completion_length, temperature, stop_ids,
-                        tokenizer.pad_token_id, generator, rank, world_size,
-                    )  # logprobs, mask (P*K, T)
-                examples = [example for example in batch for _ in range(K)]
-                rewards, rewards_by_name = score_completions(examples, texts, reward_model)  # (P*K,), each (P*K,)
-                values = {f"{name.removesuffix('_reward')}{suffix}": x for name, x in rewards_by_name.items()}
-                values[f"reward{suffix}"] = rewards
+        values, table = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
+        for start in range(0, len(held_out), P):
+            for K, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
+                samples, logprobs, mask = rollout(held_out[start : start + P], K, temperature, args.seed + start)
+                rewards, by_name = score_completions(samples, reward_model)  # (P*K,), each (P*K,)
+                figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
                 if temperature == 1.0:
-                    values["mean_length"] = mask.sum(1).float()
-                    if "accuracy" in values:
-                        values[f"pass@{K}"] = values["accuracy"].view(-1, K).amax(1)  # (P,)
-                    values["kl"] = logprobs.sum(1)  # (P*K,): log pi - log pi_ref of a whole completion
-                    for mb, mb_prompts, mb_completions in pack(
-                        model, prompts, completions, args.max_tokens_per_microbatch
-                    ):
+                    if "accuracy" in figures:
+                        figures[f"pass@{K}"] = figures["accuracy"].view(-1, K).amax(1)  # (P,)
+                    figures["mean_length"], kl = mask.sum(1), logprobs.sum(1)  # (P*K,), (P*K,)
+                    for mb, *inputs in pack(model, samples, K, args.max_tokens_per_microbatch):
                         with torch.no_grad(), autocast():
-                            ref_logprobs = completion_logprobs(reference, mb_prompts, mb_completions, 1.0)  # (b, T)
-                        values["kl"][mb] -= ref_logprobs.sum(1)
-                    for i in range(0, min(len(texts), 8 * K) if start == 0 else 0, K):
-                        cells = [examples[i]["prompt"], texts[i], f"{rewards[i]:.2f}"]
-                        table += "| " + " | ".join(x.replace("|", "\\|").replace("\n", " ") for x in cells) + " |\n"
-                for name, x in values.items():
-                    sums[f"eval/{name}"] += x.nansum()
-                    sums[f"eval/{name}/n"] += (~x.isnan()).sum()
-        sums = sum_over_processes(sums, device)
-        results = {name: total / sums[f"{name}/n"] for name, total in sums.items() if sums.get(f"{name}/n")}
+                            kl[mb] -= completion_logprobs(reference, *inputs, 1.0).sum(1)
+                    figures["kl"] = kl  # log pi / pi_ref of whole completions
+                    for sample, reward in zip(samples[::K], rewards[::K] if start == 0 else ()):
+                        table += f"| {sample['prompt']} | {sample['text']} | {reward:.2f}".replace("\n", " ") + " |\n"
+                for name, x in figures.items():
+                    values[f"eval/{name}{suffix}"].append(x.to(device))
+        values = gather({name: torch.cat(x) for name, x in values.items()}, device)
+        results = {name: x.nanmean().item() for name, x in values.items() if not x.isnan().all()}
         if rank == 0:
             writer.add_text("samples", table, step)
             for name, value in results.items():
@@ -893,128 +644,107 @@ def main(args: Args) -> dict[str, float]:
         return results
 
     if args.resume is None:
-        metrics = {f"{name}_before": value for name, value in evaluate(0).items()}
+        progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
-    bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
+    # The prompts and random numbers of a step follow from the seed: there is no state to save.
+    epochs = [random.Random(f"{args.seed} {e}") for e in range(args.max_steps * P // len(train) + 1)]
+    prompts = [example for epoch in epochs for example in epoch.sample(train, len(train))]
+    bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start = time.time()
-        batch = [train[i] for i in data_order(step * (B // G), B // G, len(train), args.seed)]
-        batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-        prompts = [example["ids"] for example in batch]
-        generator = torch.Generator().manual_seed(args.seed * 1_000_000 + step)  # no state to save
-        with autocast():
-            completions, texts, sampler_logprobs, mask = rollout(
-                model, tokenizer, prompts, G, args.max_completion_length, args.temperature, stop_ids,
-                tokenizer.pad_token_id, generator, rank, world_size,
-            )  # sampler_logprobs, mask (P*G, T)
-        stopped = torch.tensor([completion[-1] in stop_ids for completion in completions], device=device)  # (P*G,)
+        step_start, seed = time.time(), args.seed * 1_000_000 + step
+        samples, sampler_logprobs, mask = rollout(prompts[step * P : (step + 1) * P], G, args.temperature, seed)
+        stopped = torch.tensor([sample["completion"][-1] in stop_ids for sample in samples], device=device)  # (P*G,)
 
         # ---- reward
-        examples = [example for example in batch for _ in range(G)]
-        rewards, rewards_by_name = score_completions(examples, texts, reward_model)  # (P*G,), each (P*G,)
-        rewards = rewards.view(-1, G)  # (P, G)
+        rewards, rewards_by_name = score_completions(samples, reward_model)  # (P*G,), each (P*G,)
 
         # ---- advantage
-        advantages = group_advantages(rewards, args.scale_rewards)  # (P, G)
-        # A group of equal rewards has no gradient, so it skips the update, unless there is a KL to learn from.
-        used = advantages.any(1) | (args.beta != 0.0)  # (P,)
-        used[0] |= ~used.any()  # every process takes part in the update
-        loss_mask = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
-        totals = {"loss_tokens": loss_mask.sum(), "used_tokens": (loss_mask * used.repeat_interleave(G)[:, None]).sum()}
-        for name, values in rewards_by_name.items():
-            totals |= {name: values.nansum(), f"{name}/n": (~values.isnan()).sum()}
-        totals = sum_over_processes(totals, device)
+        advantages = group_advantages(rewards.view(-1, G), args.scale_rewards).flatten().to(device)  # (P*G,)
 
         # ---- update
-        rows = used.repeat_interleave(G).nonzero()[:, 0].tolist()  # the U completions in the update
-        advantages, loss_mask = advantages.flatten()[rows].to(device), loss_mask[rows]  # (U,), (U, T)
-        update_prompts, update_completions = [prompts[i // G] for i in rows[::G]], [completions[i] for i in rows]
-        microbatches = pack(model, update_prompts, update_completions, args.max_tokens_per_microbatch)
-        old_logprobs, ref_logprobs, logs = [], [], defaultdict(float)
-        difference_max = torch.zeros((), device=device)
+        loss_mask = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
+        num_loss_tokens = gather({"all": loss_mask.sum(1)}, device)["all"].sum().clamp(min=1)
+        microbatches, stats = pack(model, samples, G, args.max_tokens_per_microbatch), defaultdict(float)
+        old_logprobs, ref_logprobs = torch.zeros_like(sampler_logprobs), torch.zeros_like(sampler_logprobs)  # (P*G, T)
         model.train()
         for iteration in range(args.num_iterations):
-            for n, (mb, mb_prompts, mb_completions) in enumerate(microbatches):
-                inputs = mb_prompts, mb_completions, args.temperature
+            for mb, *inputs in microbatches:
                 with autocast():
-                    mb_logprobs = completion_logprobs(model, *inputs)  # (b, T)
-                mb_mask = loss_mask[mb, : mb_logprobs.shape[1]]  # (b, T)
-                if iteration == 0:
-                    # The sampler's log-probabilities are rounded otherwise, by more than GSPO's epsilons in bf16.
-                    old_logprobs.append(mb_logprobs.detach())
+                    mb_logprobs = completion_logprobs(model, *inputs, args.temperature)  # (b, T)
+                T = mb_logprobs.shape[1]
+                if iteration == 0:  # a ratio of exactly 1. In bf16 the sampler's differ by more than GSPO's epsilons
+                    old_logprobs[mb, :T] = mb_logprobs.detach()
                     with torch.no_grad(), autocast():
-                        ref_logprobs.append(completion_logprobs(ref_model, *inputs) if ref_model else None)
-                    difference = (old_logprobs[n] - sampler_logprobs[rows][mb, : mb_logprobs.shape[1]]).abs()
-                    difference_max = torch.maximum(difference_max, difference.max())
-                    logs["train/sampling/sampling_logp_difference/mean"] += difference.sum() / totals["used_tokens"]
-                loss, stats = grpo_loss(
-                    mb_logprobs, old_logprobs[n], advantages[mb], mb_mask, args.epsilon, args.epsilon_high,
-                    args.loss_type, ref_logprobs[n], args.beta, args.max_completion_length,
-                    args.importance_sampling_level, max(1.0, totals["loss_tokens"]), B,
+                        if ref_model is not None:
+                            ref_logprobs[mb, :T] = completion_logprobs(ref_model, *inputs, args.temperature)
+                loss, mb_stats = grpo_loss(
+                    mb_logprobs, old_logprobs[mb, :T], advantages[mb], loss_mask[mb, :T], args.epsilon,
+                    args.epsilon_high, args.loss_type, ref_logprobs[mb, :T], args.beta, args.max_completion_length,
+                    args.importance_sampling_level, num_loss_tokens, B,
                 )
                 loss.backward()
-                for name, value in {"train/loss": loss.detach(), **stats}.items():
-                    logs[name] += value / args.num_iterations
-            if dist.is_initialized():  # by hand: DDP needs the same number of micro-batches in every process
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        dist.all_reduce(parameter.grad)
+                for name, value in {"train/loss": loss.detach(), **mb_stats}.items():
+                    stats[name] += value[None] / args.num_iterations
+            for parameter in model.parameters() if dist.is_initialized() else ():
+                if parameter.grad is not None:  # DDP would need as many micro-batches in every process
+                    dist.all_reduce(parameter.grad)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
-            optimizer.zero_grad()  # so that gradients take no memory during the next rollout
+            optimizer.zero_grad()  # gradients take no memory during the next rollout
 
-        # ---- log: each value is this process's share of the mean over all processes
-        logs["policy/approxkl_avg"] *= totals["loss_tokens"] / max(1.0, totals["used_tokens"])
+        # ---- log: means over the whole update and all processes
+        difference = (old_logprobs - sampler_logprobs).abs() * mask  # (P*G, T)
+        figures = gather({
+            "reward": rewards, "stopped": stopped, "length": mask.sum(1), "logprobs": sampler_logprobs.sum(1),
+            "prompt_length": torch.tensor([len(sample["ids"]) for sample in samples]),
+            "difference": difference.sum(1), "difference_max": difference.amax(1), **rewards_by_name,
+        }, device)  # each (B,)
+        groups, num_tokens = figures["reward"].view(-1, G), figures["length"].sum()
+        progress["num_tokens"] += int(num_tokens + figures["prompt_length"].sum())
+        progress["step"] = step + 1
+        logs = {name: x.sum() for name, x in gather(stats, device).items()}
+        logs |= {f"train/rewards/{name}/mean": figures[name].nanmean() for name in rewards_by_name}
         logs |= {
-            "train/reward": rewards.sum() / B,
-            "train/reward_std": rewards.std(1).sum() * G / B,
-            "train/frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).sum() * G / B,
-            "train/completions/mean_length": mask.sum() / B,
-            "train/completions/clipped_ratio": (~stopped).sum() / B,
-            "entropy": -sampler_logprobs.sum(), "tokens": mask.sum(), "prompt_tokens": sum(map(len, prompts)) * G,
-        }
-        logs = sum_over_processes(logs, device)
-        tokens = logs.pop("tokens")
-        num_tokens += int(tokens + logs.pop("prompt_tokens"))
-        for name in rewards_by_name:
-            if totals[f"{name}/n"]:
-                logs[f"train/rewards/{name}/mean"] = totals[name] / totals[f"{name}/n"]
-        if dist.is_initialized():
-            dist.all_reduce(difference_max, dist.ReduceOp.MAX)
-        logs |= {
-            "train/entropy": logs.pop("entropy") / tokens,  # unbiased: the tokens are the policy's own samples
-            "train/sampling/sampling_logp_difference/max": difference_max.item(),
-            "train/grad_norm": grad_norm.item(),
-            "train/num_tokens": num_tokens,
+            "train/reward": groups.mean(),
+            "train/reward_std": groups.std(1).mean(),
+            "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+            "train/entropy": -figures["logprobs"].sum() / num_tokens,  # unbiased: the policy's own samples
+            "train/completions/mean_length": num_tokens / B,
+            "train/completions/clipped_ratio": 1 - figures["stopped"].mean(),
+            "train/sampling/sampling_logp_difference/mean": figures["difference"].sum() / num_tokens,
+            "train/sampling/sampling_logp_difference/max": figures["difference_max"].max(),
+            "train/grad_norm": grad_norm, "train/num_tokens": progress["num_tokens"],
             "charts/learning_rate": learning_rate,
-            "charts/SPS": tokens / (time.time() - step_start),
+            "charts/SPS": num_tokens / (time.time() - step_start),
         }
         bar.set_postfix_str(f"reward {logs['train/reward']:.2f}, length {logs['train/completions/mean_length']:.1f}")
-
-        # ---- evaluate, save
-        done = step + 1
         if rank == 0:
             for name, value in logs.items():
-                writer.add_scalar(name, value, done)
-        if done % args.eval_steps == 0 and done < args.max_steps:
-            evaluate(done)
-        if rank == 0 and (done % args.save_steps == 0 or done == args.max_steps):
-            save(run_dir, model, tokenizer, {
-                **{name: part.state_dict() for name, part in state.items()}, "metrics": metrics, "step": done,
-                "num_tokens": num_tokens, "seconds": seconds_before + time.time() - start_time,
-            })
+                writer.add_scalar(name, value, step + 1)
 
-    metrics |= evaluate(args.max_steps)
-    metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
+        # ---- evaluate, save
+        if (step + 1) % args.eval_steps == 0 and step + 1 < args.max_steps:
+            evaluate(step + 1)
+        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
+            # Written aside, then renamed: neither a kill nor a full disk damages the last checkpoint and model.
+            progress["seconds"] = time.time() - start_time
+            model.save_pretrained(run_dir / "model.tmp")
+            tokenizer.save_pretrained(run_dir / "model.tmp")
+            torch.save(progress | {name: part.state_dict() for name, part in parts.items()}, run_dir / "checkpoint.tmp")
+            shutil.rmtree(run_dir / "model", ignore_errors=True)
+            os.replace(run_dir / "model.tmp", run_dir / "model")
+            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+    metrics = progress["metrics"] | evaluate(args.max_steps)
+    metrics |= {"seed": args.seed, "wall_seconds": time.time() - start_time}
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name in metrics:
-            if f"{name}_before" in metrics:
-                print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        for name in (name.removesuffix("_before") for name in progress["metrics"]):
+            print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
         print(run_dir)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1025,8 +755,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
-        where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
-        if isinstance(error, datasets.exceptions.DatasetsError):  # its own message does not say what is wrong
-            error = error.__cause__ or error
-        print(f"error: {' '.join(str(error).split())} ({Path(__file__).name}, line {where})", file=sys.stderr)
+        line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        cause = error.__cause__ or error if isinstance(error, datasets.exceptions.DatasetsError) else error
+        print(f"error: {' '.join(str(cause).split())} ({Path(__file__).name}, line {line})", file=sys.stderr)
         raise SystemExit(2) from None
