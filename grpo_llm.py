@@ -81,7 +81,7 @@ class Args:
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, with fp32 weights. Default: if CUDA
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    max_tokens_per_microbatch: int = 4096  # tokens per forward and backward pass. Affects memory and speed only
+    max_tokens_per_microbatch: int = 2048  # tokens per forward and backward pass. Affects memory and speed only
     learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, 1e-6 for a given one
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to 0 at the last optimizer step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
@@ -129,8 +129,8 @@ def grpo_loss(
 
     num_tokens and num_sequences count the whole update, so that the losses of its micro-batches and processes add up.
     On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0. The KL term's
-    gradient is ratio * log(pi / pi_ref) * grad log pi, that of each token's reverse KL, also off-policy (differentiating
-    k1 or k3 would give another). A token's effect on the KL of later tokens is ignored."""
+    gradient is ratio * log(pi / pi_ref) * grad log pi, that of each token's reverse KL, also off-policy. (That of k1 or
+    k3 is another.) A token's effect on the KL of later tokens is ignored."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -386,7 +386,6 @@ def sample(
     cache, ids, padded = KeyValueCache(config=model.config), query, not bool(attention_mask.all())
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
     rows = torch.arange(B, device=device)  # (b,): completions in the batch
-    live = torch.ones_like(rows, dtype=torch.bool)  # (b,): have not stopped
     for t in range(T):
         logits = model(
             input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
@@ -399,18 +398,16 @@ def sample(
         size = max(1, TILE[device.type] // logits.shape[1])
         drawn = [sample_tokens(*x, temperature) for x in zip(logits.split(size), uniform[t, rows].split(size))]
         token, logprob = (torch.cat(x) for x in zip(*drawn))  # (b,), (b,)
-        response[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, live
-        live = live & ~torch.isin(token, stop)
-        if not live.any():
+        response[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, True
+        kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # completions that have stopped leave the batch
+        if len(kept) == 0:
             break
-        if live.sum() <= 0.8 * len(rows):  # completions that have stopped leave, but not each at once: it is a copy
-            kept = live.nonzero()[:, 0]
+        if len(kept) < len(rows):
             cache.reorder_cache(kept)
-            rows, live, token = rows[kept], live[kept], token[kept]
+            rows, token = rows[kept], token[kept]
             attention_mask, position_ids = attention_mask[kept], position_ids[kept]
         ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
         attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
-    response, logprobs = response.masked_fill(~mask, pad_id), logprobs.masked_fill(~mask, 0.0)
     return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
 
 
@@ -537,7 +534,8 @@ def main(args: Args) -> dict[str, float]:
     B, G, P = args.generation_batch_size, args.num_generations, args.generation_batch_size // args.num_generations
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if G < 2 or B < G or B % (G * world_size):
-        raise ValueError(f"--generation-batch-size {B}: not a multiple of --num-generations {G} > 1 x {world_size} processes")
+        raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} (at least 2) times "
+                         f"the number of processes {world_size}")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():

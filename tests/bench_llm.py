@@ -207,7 +207,7 @@ def policy_ours(spec: dict, watch: Stopwatch) -> None:
     script.sample, script.score_completions = watched_sample, watched_score_completions
     script.REWARDS = ((crc_reward, 1.0),)
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
-    flags = {}
+    flags = {"eval_generations": 1}  # fewer than in training, so that the stopwatch tells them apart
     if spec["method"] == "ppo":
         flags = {
             "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
