@@ -567,7 +567,7 @@ def main(args: Args) -> dict[str, float]:
         counts = Counter(example["prompt"] for example in train)
         chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
-    held_out = held_out[: args.max_eval_samples // world_size * world_size]
+    held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     reward_model = load_reward_model(args, device) if args.reward_model_path is not None else None

@@ -41,7 +41,7 @@ CONFIGS = {
 }
 
 # The data of tiny runs of the language-model scripts.
-SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
+SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(5)]
 PAIRS = [
     {"prompt": f"{a}+{b}=", "chosen": f"{a}" * (1 + b % 3), "rejected": f"-{b}=" * (1 + a % 2)}
     for a in range(6)

@@ -33,14 +33,19 @@ def die_at(moment: str, number: int) -> None:
         if moment == "while writing" and count == number:
             buffer = io.BytesIO()
             real_save(state, buffer)
-            file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-            file.flush()
+            half = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+            if isinstance(file, Path):
+                file.write_bytes(half)
+            else:
+                file.write(half)
+                file.flush()
             die()
         real_save(state, file)
 
     def replace(aside, path):
         here = Path(path).name == "checkpoint.pt" and count == number
-        if (here and moment == "before renaming") or (moment == "before the model's renaming" and path.name == "model"):
+        model = Path(path).name == "model" and number in (None, count)
+        if (here and moment == "before renaming") or (model and moment == "before the model's renaming"):
             die()
         real_replace(aside, path)
         if here and moment == "after renaming":
@@ -75,7 +80,7 @@ KILLS = [
     ("grpo_llm", {**LLM, "warmup_steps": 3}, WRITING, 2, 2),
     ("grpo_llm", {**LLM, **GSPO}, RENAMING, 2, 2),
     ("grpo_llm", {**LLM, "lr_scheduler_type": "cosine"}, RENAMED, 2, 4),
-    ("grpo_llm", LLM, MODEL, None, 6),
+    ("grpo_llm", LLM, MODEL, 2, 2),
     ("ppo_llm", {**PPO, "num_mini_batches": 2}, WRITING, 2, 2),
     ("ppo_llm", {**PPO, "share_value_backbone": True, "lr_scheduler_type": "cosine"}, RENAMING, 2, 2),
     ("ppo_llm", {**PPO, "whiten_rewards": True}, RENAMED, 2, 4),
