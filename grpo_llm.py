@@ -13,9 +13,9 @@ advantage more likely, within a clipped trust region.
     J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
 
-GRPO: Shao et al. 2024 (arXiv:2402.03300). DAPO, the default: N counts all tokens, eps_high > eps_low, beta = 0
-(arXiv:2503.14476). Dr. GRPO: no std and no 1/|o| (arXiv:2503.20783). GSPO: one ratio per completion (arXiv:2507.18071).
-CISPO: the clipped ratio is a constant weight (MiniMax-M1, arXiv:2506.13585).
+GRPO: Shao et al. 2024 (arXiv:2402.03300). The default loss is DAPO's: N counts all tokens, eps_high > eps_low, beta = 0
+(arXiv:2503.14476). Dr. GRPO (arXiv:2503.20783): --loss-type dr_grpo --scale-rewards none. GSPO (arXiv:2507.18071):
+--loss-type grpo --importance-sampling-level sequence --epsilon 3e-4 --epsilon-high 4e-4. CISPO: arXiv:2506.13585.
 
     python grpo_llm.py                             # laptop, offline: a tiny model learns to show its work
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
@@ -23,11 +23,11 @@ CISPO: the clipped ratio is a constant weight (MiniMax-M1, arXiv:2506.13585).
     torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly where the last checkpoint was written
 
-Shapes: P prompts, G completions per prompt, B = P*G, L_q prompt tokens, T completion tokens, R rows of L tokens with K
-completions each, H hidden size, V vocabulary. `logprobs[:, t]` scores token t of a completion. `mask` is True where a
-token counts: up to and including the first stop token.
+Shapes: P prompts of one process, G completions per prompt, L_q prompt tokens, T completion tokens, R rows of L tokens
+with K completions each, H hidden size, V vocabulary. `logprobs[:, t]` scores token t of a completion. `mask` is True
+where a token counts: up to and including the first stop token.
 
-Deliberately not here: inference servers, LoRA, tools and several turns, images, sharded weights. See TRL or verl.
+Deliberately not here: inference servers, dynamic sampling, LoRA, tools, images, sharded weights. See TRL or verl.
 """
 
 import json
@@ -79,11 +79,11 @@ class Args:
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str = "test"  # split to evaluate on. If absent, up to a tenth of train is held out
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, with fp32 weights. Default: if CUDA
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if CUDA is available
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     max_tokens_per_microbatch: int = 2048  # tokens per forward and backward pass. Affects memory and speed only
-    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, 1e-6 for a given one
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to 0 at the last optimizer step
+    learning_rate: float | None = None  # peak learning rate. None: 1e-3 for the tiny model, else 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     save_steps: int = 50  # steps between checkpoints. There is always one at the end
@@ -91,28 +91,27 @@ class Args:
     sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- GRPO
-    max_steps: int = 200  # rollouts. Each is followed by --num-iterations optimizer steps
+    max_steps: int = 200  # rollouts, each followed by --num-iterations optimizer steps
     generation_batch_size: int = 256  # completions per rollout, over all prompts and processes
     num_generations: int = 8  # G, completions per prompt
     max_completion_length: int = 256  # tokens after which a completion is cut off
-    temperature: float = 1.0  # divides the logits in the sampler and in the loss
+    temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
     reward_model_path: str | None = None  # sequence classifier with one logit, added to the reward functions
-    normalize_reward_model: bool = False  # standardize its score by the statistics that reward_model.py saved
-    # mean over all tokens (dapo, cispo), over each completion first (grpo), or sum / (completions * maximum) (dr_grpo)
+    normalize_reward_model: bool = False  # standardize the reward model's score as reward_model.py measured it
+    # mean over all tokens (dapo, cispo), per completion first (grpo), or over max-completion-length (dr_grpo)
     loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"
     scale_rewards: Literal["group", "none"] = "group"  # divide by the group's standard deviation. none: Dr. GRPO
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence: GSPO, for --loss-type grpo
-    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon. GSPO: 3e-4
-    epsilon_high: float = 0.28  # the ratio is clipped above 1 + epsilon_high (clip-higher of DAPO). GSPO: 4e-4
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token, or per completion (GSPO)
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: float = 0.28  # the ratio is clipped above 1 + this (DAPO's clip-higher)
     beta: float = 0.0  # weight of the KL to the initial model, per token, in the loss
     num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO's algorithm 1)
-    mask_truncated_completions: bool = False  # leave completions that were cut off out of the loss (DAPO)
+    mask_truncated_completions: bool = False  # leave cut-off completions out of the loss, not the group (DAPO)
 
 
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
-    """Advantages (P, G): rewards (P, G) minus their group's mean, "group" over its standard deviation (ddof 1, plus
-    1e-4, as in TRL). Equal rewards give exactly 0."""
+    """Rewards (P, G) minus their group's mean. "group" divides by its standard deviation (ddof 1) + 1e-4, as in TRL."""
     advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
@@ -129,8 +128,8 @@ def grpo_loss(
 
     num_tokens and num_sequences count the whole update, so that the losses of its micro-batches and processes add up.
     On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0. The KL term's
-    gradient is ratio * log(pi / pi_ref) * grad log pi, that of each token's reverse KL, also off-policy. (That of k1 or
-    k3 is another.) A token's effect on the KL of later tokens is ignored."""
+    gradient is ratio * log(pi / pi_ref) * grad log pi: the reverse KL's per token, on- and off-policy. (Differentiating
+    k1 or k3 gives another.) A token's effect on the KL of later tokens is ignored."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -166,14 +165,14 @@ def grpo_loss(
 
 def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: Literal["constant", "linear", "cosine"]) -> float:
     """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
-    progress = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[kind]
+    elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
     return decay * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
 # ---- Rewards, to be edited. They return a number, or None where they do not apply.
 NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+MARKED = re.compile(r"####\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
 
@@ -183,13 +182,13 @@ def extract_number(text: str) -> float | None:
     text = text.replace("\u2212", "-").replace("{,}", ",")
     found = re.findall(NUMBER, text)
     if marked := MARKED.findall(text):
-        content = re.sub(r"[$\\*]", "", "".join(marked[-1])).strip()
-        found = re.findall(rf"^({NUMBER})\s*%?(?:\s[^\d+*/^=]*)?\.?$", content)
+        content = re.sub(r"\\text|[$\u20ac\\*{}]", "", "".join(marked[-1])).strip()
+        found = re.findall(rf"^({NUMBER})\s*%?(?:\s[^\d+*/^=]*)?[.,]?$", content)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's, else 0. None if the answer is no number and marks none."""
+    """1 if the completion's final number is the answer's, else 0. None if the answer is not a number and marks none."""
     has_number = answer is not None and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
     expected = extract_number(answer) if has_number else None
     return None if expected is None else float(extract_number(completion) == expected)
@@ -205,31 +204,32 @@ REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # (function, weight in
 
 def score_completions(samples: list[dict], reward_model: Callable | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Rewards (B,) of samples {prompt, text, answer, ...}, and the parts of that sum by name (B,), nan for None."""
-    parts, weights = {}, [*(weight for _, weight in REWARDS), 1.0]
-    for function, _ in REWARDS:
-        values = [function(sample["prompt"], sample["text"], sample["answer"]) for sample in samples]
+    parts, weighted = {}, []
+    for function, weight in REWARDS:
+        values = [function(s["prompt"], s["text"], s["answer"]) for s in samples]
         parts[function.__name__] = torch.tensor([math.nan if value is None else float(value) for value in values])
+        weighted += [weight * parts[function.__name__]] if weight else []
     if reward_model is not None:
         parts["reward_model"] = reward_model(samples)
-    table = torch.stack([weight * part for weight, part in zip(weights, parts.values()) if weight])  # (rewards, B)
-    rewards = table.nansum(0).masked_fill(table.isnan().all(0), math.nan)  # (B,)
-    for sample, reward in zip(samples, rewards.tolist()):
-        if not math.isfinite(reward):
-            raise ValueError(f"the reward is {reward} for {sample['prompt']!r} with the answer {sample['answer']!r}")
-    return rewards, parts
+        weighted.append(parts["reward_model"])
+    table = torch.stack(weighted)  # (rewards, B)
+    for s, bad in zip(samples, table.isnan().all(0) | table.isinf().any(0)):
+        if bad:
+            raise ValueError(f"no reward is a number for the prompt {s['prompt']!r} with the answer {s['answer']!r}")
+    return table.nansum(0), parts
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
     """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
-    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]
+    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
     return sum(rows[262:], []), sum(rows[:262], [])
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
     """A completion by a careful demonstrator (25%), who adds the units first (`47+85=` -> `-12=132`), or a hasty one,
-    who writes the sum at once, always forgets the carry, and is off by one more half of the time."""
+    who writes the sum at once, forgets every carry, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -261,17 +261,18 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 
 
 def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
-    """A model in fp32 (bf16 weights would swallow updates of a small learning rate), without dropout; its tokenizer."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
-    if is_path and not (Path(name, "config.json").is_file() and list(Path(name).glob("*token*"))):
-        raise ValueError(f"{flag} {name} is no folder with config.json and tokenizer files (a run's are in its model/)")
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
+    is_path = files or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not ("config" in files and files & {"tokenizer", "vocab"}):
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
-        for part in (config, config.get_text_config()):
+        for part in (config, config.get_text_config()):  # no dropout
             vars(part).update({key: 0.0 for key, x in vars(part).items() if isinstance(x, float) and "drop" in key})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from error
+        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
     if report["missing_keys"]:
         raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
@@ -286,8 +287,8 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    if missing := {args.dataset_train_split, args.dataset_test_split} - {*splits, "test"}:
-        raise ValueError(f"--dataset-name {name} has the splits {sorted(splits)}, not {missing.pop()}")
+    if missing := {args.dataset_train_split, *({args.dataset_test_split} - {"test"})} - {*splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {missing.pop()} is not one of {sorted(splits)}")
     return list(splits[args.dataset_train_split]), list(splits.get(args.dataset_test_split, ()))
 
 
@@ -299,43 +300,44 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
     for number, row in enumerate(rows, 1):
         turns = row.get("prompt") or row.get("question") or row.get("messages")
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) and turn.get("content") for turn in turns):
+        if not isinstance(turns, list) or not all(isinstance(x, dict) and {"role", "content"} <= {*x} for x in turns):
             raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`, `question` or "
                              "`messages` that is a text or a list of {role, content}")
         turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
-        prompt = "\n".join(turn["content"] for turn in turns)
+        prompt = "\n".join(turn["content"] or "" for turn in turns)
         if tokenizer.chat_template is not None:
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         else:
             ids = tokenizer(prompt).input_ids
-            ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append EOS
+            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
         answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
-        if len(ids) <= max_length and not unknown & {*ids}:
+        if prompt.strip() and len(ids) <= max_length and not unknown & {*ids}:
             examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
     if left_out := len(rows) - len(examples):
-        print(f"{left_out} of {len(rows)} prompts are left out: over {max_length} tokens, or with unknown characters")
+        print(f"{left_out} of {len(rows)} prompts are left out: empty, over {max_length} tokens, or unknown characters")
     return examples
 
 
 def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]], Tensor]:
     """A function of samples {prompt, turns, text, ...}: the logits (B,) of a sequence classifier with its own tokenizer
-    and chat template. They are computed in fp32, as a bf16 score between 4 and 8 has steps of 1/32."""
+    and chat template. They are computed in fp32, since bf16 scores between 4 and 8 are 1/32 apart."""
     name, flag = args.reward_model_path, "--reward-model-path"
     model, tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
-    config, template = model.to(device).config, tokenizer.chat_template is not None
-    if config.num_labels != 1 or args.normalize_reward_model and not hasattr(config, "reward_std"):
-        raise ValueError(f"{flag} {name} needs one logit, and reward_std in its config for --normalize-reward-model")
+    has_template, config = tokenizer.chat_template is not None, model.to(device).config
+    own_pad = tokenizer.pad_token_id != tokenizer.eos_token_id  # else the score before the EOS would be read
+    if config.num_labels != 1 or not own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
+        raise ValueError(f"{flag} {name} needs one logit, its own pad token and, if normalized, reward_std")
     config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
     tokenizer.truncation_side = "right"
     max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
 
     @torch.no_grad()
     def score(samples: list[dict]) -> Tensor:
-        texts = [sample["prompt"] + sample["text"] for sample in samples]
-        if template:
-            chats = [[*sample["turns"], {"role": "assistant", "content": sample["text"]}] for sample in samples]
+        texts = [s["prompt"] + s["text"] for s in samples]
+        if has_template:
+            chats = [[*s["turns"], {"role": "assistant", "content": s["text"]}] for s in samples]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        ids = tokenizer(texts, add_special_tokens=not template, truncation=True, max_length=max_length).input_ids
+        ids = tokenizer(texts, add_special_tokens=not has_template, truncation=True, max_length=max_length).input_ids
         scores, lengths = torch.zeros(len(ids)), torch.tensor([len(x) for x in ids])  # (B,), (B,)
         for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")
@@ -349,7 +351,7 @@ TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's
 
 
 class KeyValueCache(DynamicCache):
-    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, and SDPA would cast all of them every token."""
+    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, which SDPA would cast again at every token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
@@ -372,11 +374,10 @@ def sample(
     temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0,
     world_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """num_generations completions of each left-padded prompt query (P, L_q): response, logprobs (fp32) and mask, each
-    (P*G, T), grouped by prompt, T the longest completion's length. They follow softmax(logits / temperature), whatever
-    the generation config says, up to their first stop id, which counts, or to max_completion_length tokens.
-
-    Random numbers are drawn for all processes, so that samples do not depend on the number of processes."""
+    """Sample num_generations completions of each left-padded prompt query (P, L_q) from softmax(logits / temperature),
+    whatever the generation config says, up to their first stop id, which counts, or to max_completion_length tokens.
+    Returns response, logprobs (fp32) and mask (P*G, T), grouped by prompt. Random numbers are drawn for all processes,
+    so that samples do not depend on the number of processes."""
     model.eval()  # in training mode, gradient checkpointing drops the cache
     B, T, device = len(query) * num_generations, max_completion_length, query.device
     uniform = torch.rand(T, world_size * B, dtype=torch.float64, generator=generator)
@@ -385,26 +386,26 @@ def sample(
     mask, stop = torch.zeros(B, T, dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
     cache, ids, padded = KeyValueCache(config=model.config), query, not bool(attention_mask.all())
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
-    rows = torch.arange(B, device=device)  # (b,): completions in the batch
+    active = torch.arange(B, device=device)  # (b,): completions that have not stopped
     for t in range(T):
         logits = model(
             input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # (b, V), at t = 0 (P, V)
         if t == 0:  # each prompt was read once, for all its completions
-            kept = rows // num_generations  # (B,)
-            cache.reorder_cache(kept)
-            logits, attention_mask, position_ids = logits[kept], attention_mask[kept], position_ids[kept, -1:]
-        size = max(1, TILE[device.type] // logits.shape[1])
-        drawn = [sample_tokens(*x, temperature) for x in zip(logits.split(size), uniform[t, rows].split(size))]
+            source = active // num_generations  # (B,)
+            cache.reorder_cache(source)
+            logits, attention_mask, position_ids = logits[source], attention_mask[source], position_ids[source, -1:]
+        size = max(1, TILE[device.type] // logits.shape[1])  # rows at a time: their fp64 CDF is large
+        drawn = [sample_tokens(*x, temperature) for x in zip(logits.split(size), uniform[t, active].split(size))]
         token, logprob = (torch.cat(x) for x in zip(*drawn))  # (b,), (b,)
-        response[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, True
-        kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # completions that have stopped leave the batch
+        response[active, t], logprobs[active, t], mask[active, t] = token, logprob, True
+        kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # the others leave the batch
         if len(kept) == 0:
             break
-        if len(kept) < len(rows):
+        if len(kept) < len(active):
             cache.reorder_cache(kept)
-            rows, token = rows[kept], token[kept]
+            active, token = active[kept], token[kept]
             attention_mask, position_ids = attention_mask[kept], position_ids[kept]
         ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
         attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
@@ -446,39 +447,39 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions: sliding windows and linear attention cannot use a tree mask."""
+    """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
     config = model.config.get_text_config()
     full = {*(getattr(config, "layer_types", None) or ["full_attention"])} == {"full_attention"}
-    return full and not getattr(config, "sliding_window", None) and model.config._attn_implementation == "sdpa"
+    plain = not getattr(config, "sliding_window", None) and not getattr(config, "alibi", None)
+    return full and plain and model.config._attn_implementation == "sdpa"
 
 
 def completion_logprobs(
     model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], temperature: float
 ) -> Tensor:
     """Log-probabilities (B, T) in fp32 of B completions, K = B / len(prompts) per prompt in turn; 0 after their end.
-
     A row of the forward pass is a tree: a prompt once, then its K completions. Each of them attends to the prompt and
     to itself, and its positions continue those of the prompt."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
-    rows, before = [], []  # (token, position, branch) of each input; (row, index) of the input before each target
+    rows, predictors = [], []  # (token, position, branch) of inputs; (row, index) of those that predict a token
     for r, prompt in enumerate(prompts):
         row = [(token, t, 0) for t, token in enumerate(prompt)]
         for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
             indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
-            before += [(r, index) for index in indices[: len(completion)]]
+            predictors += [(r, index) for index in indices[: len(completion)]]
             row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
         rows.append(torch.tensor(row))
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     inputs = {"input_ids": ids, "use_cache": False}
-    if K > 1:  # else causal attention does, which needs no mask for padding on the right
+    if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
         attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
         bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
     hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
-    row, index = torch.tensor(before, device=device).T  # (N,), (N,)
+    row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
     target = torch.tensor([token for completion in completions for token in completion], device=device)  # (N,)
     head = model.get_output_embeddings().weight  # (V, H)
     logprobs = TokenLogprobs.apply(hidden[row, index], head, target, temperature, dtype)  # (N,)
@@ -488,13 +489,13 @@ def completion_logprobs(
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
 
-    K of the G completions of a prompt share a row, which computes the prompt once. But attention in a row of
-    L = L_q + K T tokens is dense: 4 L^2 H per layer beside 24 L H^2 for the weights. Their sum is least at K = best."""
-    L_q, T = (sum(len(sample[key]) for sample in samples) / len(samples) for key in ("ids", "completion"))
+    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over a row of
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. K = best needs fewest per token."""
+    L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
     best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
-    K = max(K for K in range(1, G + 1) if K == 1 or G % K == 0 and K <= best and L_q + K * T <= max_tokens)
+    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
     rows = [samples[i : i + K] for i in range(0, len(samples), K)]
-    lengths = [len(row[0]["ids"]) + sum(len(sample["completion"]) for sample in row) for row in rows]
+    lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
     batches: list[list[int]] = [[]]
     for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
         if batches[-1] and (len(batches[-1]) + 1) * lengths[r] > max_tokens:
@@ -502,7 +503,7 @@ def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -
         batches[-1].append(r)
     return [
         ([r * K + k for r in batch for k in range(K)], [rows[r][0]["ids"] for r in batch],
-         [sample["completion"] for r in batch for sample in rows[r]])
+         [s["completion"] for r in batch for s in rows[r]])
         for batch in batches
     ]
 
@@ -526,12 +527,12 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [k.replace("_", "-") for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
         if changed or saved["script"] != Path(__file__).name:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**{**saved["args"], "resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    B, G, P = args.generation_batch_size, args.num_generations, args.generation_batch_size // args.num_generations
+    B, G = args.generation_batch_size, args.num_generations
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if G < 2 or B < G or B % (G * world_size):
         raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} (at least 2) times "
@@ -546,7 +547,6 @@ def main(args: Args) -> dict[str, float]:
         dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
     run_time = torch.tensor(start_time, dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -560,83 +560,84 @@ def main(args: Args) -> dict[str, float]:
     if dist.is_initialized():
         dist.barrier()
     model, tokenizer = load_pretrained(initial, "--model-name-or-path")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - args.max_completion_length
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     splits = load_rows(args) if args.dataset_name else addition_rows()
-    train, held_out = (encode_rows(rows, tokenizer, room) for rows in splits)
-    if not held_out:  # rows of the rarest prompts, so at most a tenth; equal prompts stay on one side
-        counts = Counter(example["prompt"] for example in train)
+    train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
+    if not held_out:  # whole prompts, rarest first, so at most a tenth of the rows
+        counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
         chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
     held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     reward_model = load_reward_model(args, device) if args.reward_model_path is not None else None
+    if reward_model is None and [function for function, weight in REWARDS if weight] == [accuracy_reward]:
+        if bad := [e for e in train + held_out if accuracy_reward("", "", e["answer"]) is None]:
+            raise ValueError(f"--dataset-name: {bad[0]['prompt']!r} has the answer {bad[0]['answer']!r}, not a number")
     ref_model = load_pretrained(initial, "--model-name-or-path")[0].to(device) if args.beta != 0.0 else None
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     eos = model.generation_config.eos_token_id  # an id, a list of ids, or None
     stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
-    peak_lr = args.learning_rate or (1e-6 if args.model_name_or_path else 1e-3)
+    peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     schedule = args.max_steps * args.num_iterations, args.warmup_steps, args.lr_scheduler_type
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     progress = {"step": 0, "num_tokens": 0, "seconds": 0.0, "metrics": {}}
     if checkpoint is not None:
         progress = {name: checkpoint[name] for name in progress}
-        for name, part in parts.items():
+        for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     start_time -= progress["seconds"]
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
-        flags = json.dumps({"script": Path(__file__).name, "args": asdict(args)}, indent=2)
-        writer.add_text("hyperparameters", f"```\n{flags}\n```")
         if args.resume is None:
-            (run_dir / "args.json").write_text(flags)
+            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
 
-    def rollout(examples: list[dict], G: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
-        """G samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*G, T)."""
+    def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
+        """k samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*k, T)."""
         examples = examples[rank * len(examples) // world_size : (rank + 1) * len(examples) // world_size]
         query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
         with autocast():
             response, logprobs, mask = sample(
-                model, query.input_ids.to(device), query.attention_mask.to(device), G, args.max_completion_length,
+                model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,
                 temperature, stop_ids, tokenizer.pad_token_id, torch.Generator().manual_seed(seed), rank, world_size,
             )
         samples = []
-        for i, (ids, real) in enumerate(zip(response.cpu(), mask.cpu())):
-            prompt, completion = examples[i // G]["ids"], ids[real].tolist()
+        for i, (ids, counts) in enumerate(zip(response.cpu(), mask.cpu())):
+            prompt, completion = examples[i // k]["ids"], ids[counts].tolist()
             before, whole = tokenizer.batch_decode([prompt, prompt + completion], skip_special_tokens=True)
-            text = whole[len(before) :]  # decoded alone, some completions would lose their first space
-            samples.append({**examples[i // G], "completion": completion, "text": text})
+            # Decoded alone, some completions would lose their first space.
+            samples.append({**examples[i // k], "completion": completion, "text": whole[len(before) :]})
         return samples, logprobs, mask
 
     def evaluate(step: int) -> dict[str, float]:
         """Metrics on held-out prompts: samples at temperature 1, from the same random numbers each time, and greedy."""
         reference = ref_model or load_pretrained(initial, "--model-name-or-path")[0].to(device)
-        values, table = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
-        for start in range(0, len(held_out), P):
-            for K, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
-                samples, logprobs, mask = rollout(held_out[start : start + P], K, temperature, args.seed + start)
-                rewards, by_name = score_completions(samples, reward_model)  # (P*K,), each (P*K,)
+        values, text = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
+        for start in range(0, len(held_out), B // G):
+            for k, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
+                samples, logprobs, mask = rollout(held_out[start : start + B // G], k, temperature, args.seed + start)
+                rewards, by_name = score_completions(samples, reward_model)  # (P*k,), each (P*k,)
                 figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
                 if temperature == 1.0:
                     if "accuracy" in figures:
-                        figures[f"pass@{K}"] = figures["accuracy"].view(-1, K).amax(1)  # (P,)
-                    figures["mean_length"], kl = mask.sum(1), logprobs.sum(1)  # (P*K,), (P*K,)
-                    for mb, *inputs in pack(model, samples, K, args.max_tokens_per_microbatch):
+                        figures[f"pass@{k}"] = figures["accuracy"].view(-1, k).amax(1)  # (P,)
+                    figures["mean_length"], kl = mask.sum(1), logprobs.sum(1)  # (P*k,), (P*k,)
+                    for mb, *inputs in pack(model, samples, k, args.max_tokens_per_microbatch):
                         with torch.no_grad(), autocast():
                             kl[mb] -= completion_logprobs(reference, *inputs, 1.0).sum(1)
                     figures["kl"] = kl  # log pi / pi_ref of whole completions
-                    for sample, reward in zip(samples[::K], rewards[::K] if start == 0 else ()):
-                        table += f"| {sample['prompt']} | {sample['text']} | {reward:.2f}".replace("\n", " ") + " |\n"
+                    for s, reward in zip(samples[::k], rewards[::k] if start == 0 else ()):
+                        text += f"| {s['prompt']} | {s['text']} | {reward:.2f}".replace("\n", " ") + " |\n"
                 for name, x in figures.items():
                     values[f"eval/{name}{suffix}"].append(x.to(device))
         values = gather({name: torch.cat(x) for name, x in values.items()}, device)
         results = {name: x.nanmean().item() for name, x in values.items() if not x.isnan().all()}
         if rank == 0:
-            writer.add_text("samples", table, step)
+            writer.add_text("samples", text, step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
         return results
@@ -645,14 +646,14 @@ def main(args: Args) -> dict[str, float]:
         progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
     # The prompts and random numbers of a step follow from the seed: there is no state to save.
-    epochs = [random.Random(f"{args.seed} {e}") for e in range(args.max_steps * P // len(train) + 1)]
+    epochs = [random.Random(f"{args.seed} {e}") for e in range(args.max_steps * B // G // len(train) + 1)]
     prompts = [example for epoch in epochs for example in epoch.sample(train, len(train))]
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
         step_start, seed = time.time(), args.seed * 1_000_000 + step
-        samples, sampler_logprobs, mask = rollout(prompts[step * P : (step + 1) * P], G, args.temperature, seed)
-        stopped = torch.tensor([sample["completion"][-1] in stop_ids for sample in samples], device=device)  # (P*G,)
+        samples, sampler_logprobs, mask = rollout(prompts[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
+        stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
 
         # ---- reward
         rewards, rewards_by_name = score_completions(samples, reward_model)  # (P*G,), each (P*G,)
@@ -671,7 +672,7 @@ def main(args: Args) -> dict[str, float]:
                 with autocast():
                     mb_logprobs = completion_logprobs(model, *inputs, args.temperature)  # (b, T)
                 T = mb_logprobs.shape[1]
-                if iteration == 0:  # a ratio of exactly 1. In bf16 the sampler's differ by more than GSPO's epsilons
+                if iteration == 0:  # ratio 1. The sampler's are off by more than GSPO's epsilons in bf16
                     old_logprobs[mb, :T] = mb_logprobs.detach()
                     with torch.no_grad(), autocast():
                         if ref_model is not None:
@@ -684,8 +685,8 @@ def main(args: Args) -> dict[str, float]:
                 loss.backward()
                 for name, value in {"train/loss": loss.detach(), **mb_stats}.items():
                     stats[name] += value[None] / args.num_iterations
-            for parameter in model.parameters() if dist.is_initialized() else ():
-                if parameter.grad is not None:  # DDP would need as many micro-batches in every process
+            for parameter in model.parameters():  # DDP would need as many micro-batches in every process
+                if dist.is_initialized() and parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             learning_rate = scheduler.get_last_lr()[0]
@@ -697,17 +698,16 @@ def main(args: Args) -> dict[str, float]:
         difference = (old_logprobs - sampler_logprobs).abs() * mask  # (P*G, T)
         figures = gather({
             "reward": rewards, "stopped": stopped, "length": mask.sum(1), "logprobs": sampler_logprobs.sum(1),
-            "prompt_length": torch.tensor([len(sample["ids"]) for sample in samples]),
-            "difference": difference.sum(1), "difference_max": difference.amax(1), **rewards_by_name,
-        }, device)  # each (B,)
+            "prompt_length": torch.tensor([len(s["ids"]) for s in samples]),
+            "difference": difference.sum(1), "difference_max": difference.amax(1),
+        }, device)  # each (P*G,) of all processes
         groups, num_tokens = figures["reward"].view(-1, G), figures["length"].sum()
         progress["num_tokens"] += int(num_tokens + figures["prompt_length"].sum())
         progress["step"] = step + 1
         logs = {name: x.sum() for name, x in gather(stats, device).items()}
-        logs |= {f"train/rewards/{name}/mean": figures[name].nanmean() for name in rewards_by_name}
+        logs |= {f"train/rewards/{name}/mean": x.nanmean() for name, x in gather(rewards_by_name, device).items()}
         logs |= {
-            "train/reward": groups.mean(),
-            "train/reward_std": groups.std(1).mean(),
+            "train/reward": groups.mean(), "train/reward_std": groups.std(1).mean(),
             "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
             "train/entropy": -figures["logprobs"].sum() / num_tokens,  # unbiased: the policy's own samples
             "train/completions/mean_length": num_tokens / B,
@@ -715,9 +715,10 @@ def main(args: Args) -> dict[str, float]:
             "train/sampling/sampling_logp_difference/mean": figures["difference"].sum() / num_tokens,
             "train/sampling/sampling_logp_difference/max": figures["difference_max"].max(),
             "train/grad_norm": grad_norm, "train/num_tokens": progress["num_tokens"],
-            "charts/learning_rate": learning_rate,
-            "charts/SPS": num_tokens / (time.time() - step_start),
+            "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
+        if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):
+            raise ValueError(f"{type(model).__name__} is not supported: it changes its logits or keeps no KV cache")
         bar.set_postfix_str(f"reward {logs['train/reward']:.2f}, length {logs['train/completions/mean_length']:.1f}")
         if rank == 0:
             for name, value in logs.items():
@@ -727,11 +728,11 @@ def main(args: Args) -> dict[str, float]:
         if (step + 1) % args.eval_steps == 0 and step + 1 < args.max_steps:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
-            # Written aside, then renamed: neither a kill nor a full disk damages the last checkpoint and model.
+            # Written aside, then renamed: neither a kill nor a full disk damages the last checkpoint.
             progress["seconds"] = time.time() - start_time
             model.save_pretrained(run_dir / "model.tmp")
             tokenizer.save_pretrained(run_dir / "model.tmp")
-            torch.save(progress | {name: part.state_dict() for name, part in parts.items()}, run_dir / "checkpoint.tmp")
+            torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             shutil.rmtree(run_dir / "model", ignore_errors=True)
             os.replace(run_dir / "model.tmp", run_dir / "model")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -741,8 +742,8 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name in (name.removesuffix("_before") for name in progress["metrics"]):
-            print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        for name, before in progress["metrics"].items():
+            print(f"{name.removesuffix('_before')}: {before:.3f} -> {metrics[name.removesuffix('_before')]:.3f}")
         print(run_dir)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -754,6 +755,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
         line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
-        cause = error.__cause__ or error if isinstance(error, datasets.exceptions.DatasetsError) else error
-        print(f"error: {' '.join(str(cause).split())} ({Path(__file__).name}, line {line})", file=sys.stderr)
+        message = " ".join(str(error.__cause__ or error).split())
+        print(f"error: {message} ({Path(__file__).name}, line {line})", file=sys.stderr)
         raise SystemExit(2) from None

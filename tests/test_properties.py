@@ -13,18 +13,21 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dpo import dpo_loss
 from gail import gae_episodic
-from grpo_llm import (
+from grpo_llm import completion_logprobs as grpo_completion_logprobs
+from grpo_llm import group_advantages, pack
+from grpo_llm import sample as grpo_sample
+from maxent_irl import importance_weights, occupancy, soft_value_iteration
+from ppo_llm import (
     completion_logprobs,
-    group_advantages,
+    gae,
     make_microbatches,
     packed_states,
     pad_sequences,
     padded_states,
     response_logprobs,
     sample,
+    whiten,
 )
-from maxent_irl import importance_weights, occupancy, soft_value_iteration
-from ppo_llm import gae, whiten
 from reward_model import bradley_terry_loss, packed_scores, plackett_luce_loss, separate_scores
 
 
@@ -65,8 +68,8 @@ class Scripted:
     def train(self, mode: bool) -> None:
         pass
 
-    def __call__(self, input_ids, past_key_values, attention_mask, position_ids, logits_to_keep=0) -> SimpleNamespace:
-        if logits_to_keep:  # the prompts
+    def __call__(self, input_ids, past_key_values, attention_mask, position_ids, **options) -> SimpleNamespace:
+        if past_key_values.get_seq_length() == 0:  # the prompts
             self.prompt_length = input_ids.shape[1]
         keys, _ = past_key_values.update(*[input_ids[:, None, :, None].float()] * 2, 0)  # (b, 1, positions, 1)
         row = keys[:, 0, self.prompt_length - 1, 0].long()  # (b,)
@@ -94,8 +97,8 @@ def completions(draw) -> tuple:
 
 
 @examples(150)
-@given(completions(), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0]))
-def test_a_response_goes_to_its_first_stop_id_whatever_the_ids_and_the_pad_id(completions, G, temperature):
+@given(completions(), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([sample, grpo_sample]))
+def test_a_response_goes_to_its_first_stop_id_whatever_the_ids_and_the_pad_id(completions, G, temperature, sample):
     scripts, stop_ids, pad_id, lengths, vocabulary = completions
     (P, T), model = scripts.shape, Scripted(scripts, lengths, vocabulary)
     prompts = [[pad_id] * (length - 1) + [i] for i, length in enumerate(lengths)]
@@ -176,6 +179,40 @@ def test_a_tree_has_the_logprobs_of_each_sequence_alone(states_fn, side, llama):
                 assert (logprobs[r, k, len(answer) :] == 0).all()
 
     holds()
+
+
+def test_rows_of_completions_have_the_logprobs_of_each_sequence_alone(llama):
+    @examples(60)
+    @given(trees(shortest=0), st.sampled_from([0.5, 1.0]))
+    def holds(tree, temperature):
+        prompts, answers, _ = tree
+        completions = [*itertools.chain(*answers)]
+        if not any(completions):
+            return
+        logprobs = grpo_completion_logprobs(llama, list(prompts), completions, temperature)
+        assert logprobs.shape == (len(completions), max(map(len, completions)))
+        for i, answer in enumerate(completions):
+            expected = alone(llama, prompts[i // len(answers[0])], answer, temperature)
+            assert torch.allclose(logprobs[i, : len(answer)], expected, atol=1e-4)
+            assert (logprobs[i, len(answer) :] == 0).all()
+
+    holds()
+
+
+@examples(100)
+@given(trees(shortest=1), st.integers(1, 60))
+def test_microbatches_hold_every_sample_once_within_the_budget(llama, tree, max_tokens):
+    prompts, answers, _ = tree
+    samples = [{"ids": p, "completion": c} for p, group in zip(prompts, answers) for c in group]
+    seen = []
+    for indices, mb_prompts, completions in pack(llama, samples, len(answers[0]), max_tokens):
+        K = len(indices) // len(mb_prompts)
+        assert completions == [samples[i]["completion"] for i in indices]
+        assert [prompt for prompt in mb_prompts for _ in range(K)] == [samples[i]["ids"] for i in indices]
+        rows = [len(p) + sum(map(len, completions[r * K : r * K + K])) for r, p in enumerate(mb_prompts)]
+        assert len(rows) == 1 or len(rows) * max(rows) <= max_tokens
+        seen += indices
+    assert sorted(seen) == list(range(len(samples)))
 
 
 @pytest.mark.parametrize("states_fn", [packed_states, padded_states])

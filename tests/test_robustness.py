@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
 # ---- Ctrl-C
 
 
-@pytest.mark.parametrize("script, optimizer_steps", [("grpo_llm", 1), ("ppo_llm", 8), ("dpo", 1), ("reward_model", 1)])
+@pytest.mark.parametrize("script, optimizer_steps", [("ppo_llm", 8), ("dpo", 1), ("reward_model", 1)])
 def test_ctrl_c_saves_after_the_step_and_resume_goes_on(
     script, optimizer_steps, model_folder, tmp_path, monkeypatch, capsys
 ):
@@ -235,60 +236,48 @@ POLES, NAN = {"env_id": "CartPole-v1"}, np.full((6, 4), np.nan, np.float32)
 WEIGHTS = "model.safetensors"
 # Script, flags, and words of the sentence.
 BAD_INPUTS = [
-    # flags of all language-model scripts, through grpo_llm.py
-    ("grpo_llm", {"max_steps": 0}, "--max-steps must be positive"),
-    ("grpo_llm", {"save_steps": 0}, "--save-steps must be positive"),
-    ("grpo_llm", {"eval_steps": -1}, "--eval-steps must be positive"),
-    ("grpo_llm", {"max_eval_samples": 0}, "--max-eval-samples must be positive"),
-    ("grpo_llm", {"warmup_steps": -1}, "--warmup-steps must not be negative"),
-    ("grpo_llm", {"learning_rate": math.nan}, "--learning-rate must be positive"),
-    ("grpo_llm", {"max_grad_norm": 0.0}, "--max-grad-norm must be positive"),
-    ("grpo_llm", {"weight_decay": -0.1}, "--weight-decay must not be negative"),
-    ("grpo_llm", {"max_tokens_per_microbatch": 0}, "--max-tokens-per-microbatch must be positive"),
-    ("grpo_llm", {"device": "cuda"}, "--device cuda"),
-    ("grpo_llm", {"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
-    ("grpo_llm", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
+    # flags of all language-model scripts, through ppo_llm.py
+    ("ppo_llm", {"max_steps": 0}, "--max-steps must be positive"),
+    ("ppo_llm", {"save_steps": 0}, "--save-steps must be positive"),
+    ("ppo_llm", {"eval_steps": -1}, "--eval-steps must be positive"),
+    ("ppo_llm", {"max_eval_samples": 0}, "--max-eval-samples must be positive"),
+    ("ppo_llm", {"warmup_steps": -1}, "--warmup-steps must not be negative"),
+    ("ppo_llm", {"learning_rate": math.nan}, "--learning-rate must be positive"),
+    ("ppo_llm", {"max_grad_norm": 0.0}, "--max-grad-norm must be positive"),
+    ("ppo_llm", {"weight_decay": -0.1}, "--weight-decay must not be negative"),
+    ("ppo_llm", {"max_tokens_per_microbatch": 0}, "--max-tokens-per-microbatch must be positive"),
+    ("ppo_llm", {"device": "cuda"}, "--device cuda"),
+    ("ppo_llm", {"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs"),
+    ("ppo_llm", {"resume": "nowhere"}, "--resume nowhere is not a run folder"),
     # ... models
-    ("grpo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
-    ("grpo_llm", {"model_name_or_path": damaged("config.json", None)}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": damaged("config.json", b"{")}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": damaged("config.json", b'{"model_type": "none"}')}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, None)}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, b"torn")}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": damaged("tokenizer.json", b"{")}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model"),
+    ("ppo_llm", {"model_name_or_path": damaged("config.json", None)}, "--model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": damaged("config.json", b"{")}, "--model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": damaged("config.json", b'{"model_type": "none"}')}, "--model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": damaged(WEIGHTS, None)}, "--model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": damaged(WEIGHTS, b"torn")}, "--model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": damaged("tokenizer.json", b"{")}, "--model-name-or-path"),
+    ("ppo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
     # ... data
-    ("grpo_llm", {"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
-    ("grpo_llm", {"dataset_name": "no/such-data"}, "--dataset-name no/such-data"),
-    ("grpo_llm", {"dataset_name": file("torn.parquet", b"PAR1")}, "torn.parquet cannot be loaded"),
-    ("grpo_llm", {"dataset_train_split": "training", "dataset_name": damaged("config.json", None)}, "--dataset-name"),
-    ("grpo_llm", {"dataset_name": rows(text="")}, "0 training"),
-    ("grpo_llm", {"dataset_name": rows(SUM), "max_eval_samples": 20}, "0 training and 20 held-out rows"),
-    ("grpo_llm", {"dataset_name": rows(text='{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n')}, "bad.jsonl, line 2"),
-    ("grpo_llm", {"dataset_name": file("latin.jsonl", b'{"prompt": "\xe9"}\n')}, "latin.jsonl, line 1"),
-    ("grpo_llm", {"dataset_name": rows(text="[1, 2]\n")}, "line 1 is not a JSON object"),
-    ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "has the columns ['text'], but needs `prompt`"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "5 is neither a text"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "['a'] is neither a text"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": [{"role": "user", "content": None}]})}, "is neither a text"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "training row 1 is empty"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "training row 1 is empty"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "training row 1 has 126 tokens"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "x^2"})}, "has no number in `answer`"),
-    ("grpo_llm", {"dataset_name": "rows.json"}, "rows.json: there is no such file"),
-    ("grpo_llm", {"model_name_or_path": run_of_model()}, "is a run folder: its model is"),
-    # grpo_llm.py
-    ("grpo_llm", {"num_generations": 0}, "--num-generations must be positive"),
-    ("grpo_llm", {"num_generations": 1}, "--num-generations must be at least 2"),
-    ("grpo_llm", {"generation_batch_size": 0}, "--generation-batch-size must be positive"),
-    ("grpo_llm", {"generation_batch_size": 18}, "--generation-batch-size 18 is not a multiple"),
-    ("grpo_llm", {"temperature": 0.0}, "--temperature must be positive"),
-    ("grpo_llm", {"max_completion_length": -1}, "--max-completion-length must be positive"),
-    ("grpo_llm", {"max_completion_length": 127}, "--max-completion-length has room for 1"),
-    ("grpo_llm", {"beta": -0.1}, "--beta must not be negative"),
-    ("grpo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
-    ("grpo_llm", {"reward_model_path": damaged("tokenizer.json", b"{")}, "--reward-model-path"),
-    ("grpo_llm", {"normalize_reward_model": True}, "--normalize-reward-model needs --reward-model-path"),
+    ("ppo_llm", {"dataset_name": "no-such-file.jsonl"}, "--dataset-name no-such-file.jsonl"),
+    ("ppo_llm", {"dataset_name": "no/such-data"}, "--dataset-name no/such-data"),
+    ("ppo_llm", {"dataset_name": file("torn.parquet", b"PAR1")}, "torn.parquet cannot be loaded"),
+    ("ppo_llm", {"dataset_train_split": "training", "dataset_name": damaged("config.json", None)}, "--dataset-name"),
+    ("ppo_llm", {"dataset_name": rows(text="")}, "0 training"),
+    ("ppo_llm", {"dataset_name": rows(SUM), "max_eval_samples": 20}, "0 training and 20 held-out rows"),
+    ("ppo_llm", {"dataset_name": rows(text='{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n')}, "bad.jsonl, line 2"),
+    ("ppo_llm", {"dataset_name": file("latin.jsonl", b'{"prompt": "\xe9"}\n')}, "latin.jsonl, line 1"),
+    ("ppo_llm", {"dataset_name": rows(text="[1, 2]\n")}, "line 1 is not a JSON object"),
+    ("ppo_llm", {"dataset_name": rows({"text": "1"})}, "has the columns ['text'], but needs `prompt`"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "5 is neither a text"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "['a'] is neither a text"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": [{"role": "user", "content": None}]})}, "is neither a text"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "training row 1 is empty"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "training row 1 is empty"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "training row 1 has 126 tokens"),
+    ("ppo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "x^2"})}, "has no number in `answer`"),
+    ("ppo_llm", {"dataset_name": "rows.json"}, "rows.json: there is no such file"),
+    ("ppo_llm", {"model_name_or_path": run_of_model()}, "is a run folder: its model is"),
     # ppo_llm.py
     ("ppo_llm", {"num_generations": 0}, "--num-generations must be positive"),
     ("ppo_llm", {"num_ppo_epochs": 0}, "--num-ppo-epochs must be positive"),
@@ -411,4 +400,54 @@ def test_bad_input_is_one_sentence_and_code_2(script, flags, words, model_folder
     text = capsys.readouterr().err
     assert stop.value.code == 2 and words in text
     assert text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+# The same of the scripts in the short form: main raises, and the handler of __main__ prints one sentence.
+SHORT_BAD_INPUTS = [
+    ("grpo_llm", {"num_generations": 1}, "--num-generations 1"),
+    ("grpo_llm", {"num_generations": 0}, "--num-generations 0"),
+    ("grpo_llm", {"generation_batch_size": 0}, "--generation-batch-size 0"),
+    ("grpo_llm", {"generation_batch_size": 18}, "--generation-batch-size 18"),
+    ("grpo_llm", {"device": "cuda"}, "--device cuda"),
+    ("grpo_llm", {"output_dir": "/dev/null/runs"}, "/dev/null/runs"),
+    ("grpo_llm", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
+    ("grpo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model cannot be loaded"),
+    ("grpo_llm", {"model_name_or_path": "./no-such-folder"}, "--model-name-or-path ./no-such-folder is not a folder"),
+    ("grpo_llm", {"model_name_or_path": damaged("tokenizer.json", None)}, "is not a folder with a model and its tokenizer"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", None)}, "is not a folder with a model and its tokenizer"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", b"{")}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", b'{"model_type": "none"}')}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, None)}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, b"torn")}, "--model-name-or-path"),
+    ("grpo_llm", {"model_name_or_path": run_of_model()}, "a run's is in its model/"),
+    ("grpo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
+    ("grpo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
+    ("grpo_llm", {"dataset_name": "no-such-file.jsonl"}, "no-such-file.jsonl"),
+    ("grpo_llm", {"dataset_name": "no/such-data"}, "no/such-data"),
+    ("grpo_llm", {"dataset_name": file("data.csv", b"prompt,answer\n1,2\n")}, "must be a .jsonl or .parquet file"),
+    ("grpo_llm", {"dataset_train_split": "training"}, "training is not one of ['train']"),
+    ("grpo_llm", {"dataset_name": rows(text="[1, 2]\n")}, ""),
+    ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "row 1 with columns ['text'] has no `prompt`"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "row 1 with columns ['answer', 'prompt']"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "row 1 with columns"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "row 1 with columns"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "0 training rows"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "0 training rows"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": "what is it?", "answer": "1"})}, "0 training rows"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "2"})}, "held-out rows are too few"),
+    ("grpo_llm", {"max_completion_length": 127}, "0 training rows"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, flags, words", SHORT_BAD_INPUTS, ids=[f"{s} {w}" for s, _, w in SHORT_BAD_INPUTS])
+def test_bad_input_is_named_before_anything_is_written(script, flags, words, model_folder, tmp_path):
+    if flags == {"device": "cuda"} and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    module = import_module(script)
+    flags = {name: x(tmp_path, model_folder) if callable(x) else x for name, x in flags.items()}
+    flags = flags if "resume" in flags else {**tiny_flags(script, tmp_path, model_folder), **flags}
+    with pytest.raises((ValueError, OSError, datasets.exceptions.DatasetsError)) as error:
+        module.main(module.Args(**flags))
+    assert words in str(error.value)
     assert not (tmp_path / "runs").exists()
