@@ -647,12 +647,12 @@ def main(args: Args) -> dict[str, float]:
 
     # The prompts and random numbers of a step follow from the seed: there is no state to save.
     epochs = [random.Random(f"{args.seed} {e}") for e in range(args.max_steps * B // G // len(train) + 1)]
-    prompts = [example for epoch in epochs for example in epoch.sample(train, len(train))]
+    order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
         step_start, seed = time.time(), args.seed * 1_000_000 + step
-        samples, sampler_logprobs, mask = rollout(prompts[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
+        samples, sampler_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
         stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
 
         # ---- reward
