@@ -945,7 +945,9 @@ def main(args: Args) -> dict[str, float]:
         losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO
         return losses, {
             "loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(), "rewards/margins": chosen - rejected,
+            # a tie counts one half: at the first step policy and reference are equal, but for rounding
+            "rewards/accuracies": 0.5 + (chosen - rejected).sign() * ((chosen - rejected).abs() > 1e-5) / 2,
+            "rewards/margins": chosen - rejected,
             "logps/chosen": logps[:, 0].detach(), "logps/rejected": logps[:, 1].detach(),
         }
 

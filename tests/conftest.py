@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; a missing name fails at once instead of after retries
+os.environ["OMP_NUM_THREADS"] = "1"  # threads of several test processes would wait for each other on a busy machine
 
 import pytest
 import torch
