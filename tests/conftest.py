@@ -42,7 +42,8 @@ CONFIGS = {
 }
 
 # The data of tiny runs of the language-model scripts.
-SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(5)]
+SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
+MORE_SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(5)]  # a tenth is held out
 PAIRS = [
     {"prompt": f"{a}+{b}=", "chosen": f"{a}" * (1 + b % 3), "rejected": f"-{b}=" * (1 + a % 2)}
     for a in range(6)
@@ -50,32 +51,34 @@ PAIRS = [
 ]
 
 
-def make_model(architecture: str = "llama", seed: int = 0, scale: float = 0.2):
+def make_model(architecture: str = "llama", seed: int = 0, scale: float = 0.2, **changes):
     """A tiny random model in evaluation mode, its weights large enough for distributions far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture])).eval()  # saving changes a config
+    config = copy.deepcopy(CONFIGS[architecture])  # saving changes a config
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
     return model
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(alphabet: str = "0123456789+-= abc") -> PreTrainedTokenizerFast:
     """Characters, ids as in the embedded task with 4 to spare: pad 0, eos 1."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-= abc"])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
 
 
-def save_tiny_model(folder: Path) -> str:
+def save_tiny_model(folder: Path, alphabet: str = "0123456789+-= abc") -> str:
     """A tiny model and its tokenizer, in Hugging Face layout."""
-    model = make_model("llama", scale=0.05)
+    model = make_model("llama", scale=0.05, vocab_size=max(20, len(alphabet) + 2))
     model.config.eos_token_id = model.generation_config.eos_token_id = 1
     model.config.bos_token_id = model.generation_config.bos_token_id = None
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(alphabet).save_pretrained(folder)
     return str(folder)
 
 
@@ -122,7 +125,7 @@ def tiny_flags(script: str, folder: Path, model_folder: str) -> dict:
             **flags, "num_envs": 4, "num_steps": 30, "total_timesteps": 720, "expert_timesteps": 240, "bc_epochs": 5,
             "eval_episodes": 4, "eval_steps": 2, "subsample": 5,
         }  # fmt: skip
-    rows = SUMS if script in ("grpo_llm", "ppo_llm") else PAIRS
+    rows = {"grpo_llm": MORE_SUMS, "ppo_llm": SUMS}.get(script, PAIRS)
     flags |= {"model_name_or_path": model_folder, "dataset_name": write_rows(folder / "rows.jsonl", rows)}
     flags |= {"max_steps": 4, "learning_rate": 1e-2, "bf16": False}
     if rows is PAIRS:

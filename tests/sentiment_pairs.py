@@ -17,24 +17,24 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import grpo_llm
+import ppo_llm
 
 HELD_OUT, TOKENS = 200, 48
 
 
 def sample_texts(model, tokenizer, prompts: list[str], count: int, seed: int) -> tuple[list[str], tuple]:
     """count completions of each prompt, as texts and as sample()'s tensors; prompts of equal length are not needed."""
-    ids = [grpo_llm.encode_prompt(prompt, tokenizer) for prompt in prompts]
-    query, query_mask = grpo_llm.pad_sequences(ids, tokenizer.pad_token_id, "left")
+    ids = [ppo_llm.encode_prompt(prompt, tokenizer) for prompt in prompts]
+    query, query_mask = ppo_llm.pad_sequences(ids, tokenizer.pad_token_id, "left")
     eos = model.generation_config.eos_token_id
     stop_ids = sorted(
         {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     )
     generator = torch.Generator().manual_seed(seed)
-    drawn = grpo_llm.sample(
+    drawn = ppo_llm.sample(
         model, query, query_mask, count, TOKENS, 1.0, stop_ids, tokenizer.pad_token_id, generator
     )  # fmt: skip
-    return grpo_llm.decode_responses(tokenizer, query, drawn[0], drawn[2]), (query, query_mask, *drawn)
+    return ppo_llm.decode_responses(tokenizer, query, drawn[0], drawn[2]), (query, query_mask, *drawn)
 
 
 def main() -> None:
@@ -47,29 +47,29 @@ def main() -> None:
     parser.add_argument("--pairs", help="make: the file to write")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    prompts = [row["prompt"] for row in grpo_llm.read_jsonl(Path(options.prompts))]
-    rater = grpo_llm.load_reward_model(options.reward_model, torch.device("cpu"), normalize=False)
+    prompts = [row["prompt"] for row in ppo_llm.read_jsonl(Path(options.prompts))]
+    rater = ppo_llm.load_reward_model(options.reward_model, torch.device("cpu"), normalize=False)
     if options.action == "make":
-        model, tokenizer = (f(options.model, "--model") for f in (grpo_llm.load_model, grpo_llm.load_tokenizer))
+        model, tokenizer = (f(options.model, "--model") for f in (ppo_llm.load_model, ppo_llm.load_tokenizer))
         with open(options.pairs, "w") as file:
             for start in range(0, len(prompts) - HELD_OUT, 32):
                 batch = prompts[start : min(start + 32, len(prompts) - HELD_OUT)]
                 texts, _ = sample_texts(model, tokenizer, batch, 8, options.seed + start)
-                scores = grpo_llm.reward_model_scores(*rater, [p for p in batch for _ in range(8)], texts, 4096)
+                scores = ppo_llm.reward_model_scores(*rater, [p for p in batch for _ in range(8)], texts, 4096)
                 for i, prompt in enumerate(batch):
                     ranked = sorted(range(8 * i, 8 * i + 8), key=scores.__getitem__)
                     row = {"prompt": prompt, "chosen": texts[ranked[-1]], "rejected": texts[ranked[0]]}
                     file.write(json.dumps(row) + "\n")
         return
-    initial = grpo_llm.load_model(options.initial, "--initial")
+    initial = ppo_llm.load_model(options.initial, "--initial")
     held_out = prompts[-HELD_OUT:]
     for name, folder in (("before", options.initial), ("after", options.model)):
-        model, tokenizer = (f(folder, "--model") for f in (grpo_llm.load_model, grpo_llm.load_tokenizer))
+        model, tokenizer = (f(folder, "--model") for f in (ppo_llm.load_model, ppo_llm.load_tokenizer))
         texts, (query, query_mask, response, logprobs, mask) = sample_texts(model, tokenizer, held_out, 1, options.seed)
-        scores = grpo_llm.reward_model_scores(*rater, held_out, texts, 4096)
+        scores = ppo_llm.reward_model_scores(*rater, held_out, texts, 4096)
         with torch.no_grad():
-            states = grpo_llm.padded_states(initial, query, query_mask, response[:, None], mask[:, None])
-            reference = grpo_llm.completion_logprobs(initial, states, response[:, None], mask[:, None], 1.0)[:, 0]
+            states = ppo_llm.padded_states(initial, query, query_mask, response[:, None], mask[:, None])
+            reference = ppo_llm.completion_logprobs(initial, states, response[:, None], mask[:, None], 1.0)[:, 0]
         kl = (logprobs - reference).sum(1).mean()
         print(f"{name}: mean reward {sum(scores) / len(scores):.2f}, KL {kl:.2f} nats; {held_out[0] + texts[0]!r}")
 

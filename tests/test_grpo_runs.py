@@ -17,7 +17,7 @@ TRAIN = [{"prompt": f"{a}" * (1 + a % 3) + f"+{b}=", "answer": f"{a}{b}"} for a 
 HELD_OUT = [{"prompt": f"{a}" * (1 + a % 2) + "-1=", "answer": f"{a}"} for a in range(6)]
 FROZEN = 1e-12  # a learning rate that changes no weight by more than rounding
 load = AutoModelForCausalLM.from_pretrained
-CLIPPED = [f"train/clip_ratio/{side}_mean" for side in ("low", "high", "region")]
+OFF_POLICY = ["policy/approxkl_avg", *(f"train/clip_ratio/{side}_mean" for side in ("low", "high", "region"))]
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +126,15 @@ def test_with_one_update_per_rollout_the_ratio_is_exactly_1(run):
     gspo = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
     for flags in ({}, {"bf16": True, **gspo}):
         tags = run(learning_rate=3e-2, max_tokens_per_microbatch=60, **flags).tags
-        assert all(tags[tag] == [0.0] * 4 for tag in ("policy/approxkl_avg", *CLIPPED))
+        assert all(tags[tag] == [0.0] * 4 for tag in OFF_POLICY)
 
 
-def test_later_updates_of_a_rollout_are_clipped_at_each_sides_epsilon(run):
-    for epsilon, epsilon_high in ((0.2, 0.28), (1e9, 0.1), (0.1, 1e9)):
-        tags = run(num_iterations=3, learning_rate=3e-2, epsilon=epsilon, epsilon_high=epsilon_high, max_steps=2).tags
-        low, high, region = (max(tags[tag]) for tag in CLIPPED)
-        assert (low > 0.01) == (epsilon < 1) and (high > 0.01) == (epsilon_high < 1) and region <= low + high + 1e-6
-        assert min(tags["policy/approxkl_avg"]) > 1e-4
+def test_later_updates_of_a_rollout_are_made_and_clipped_at_each_sides_epsilon(run, model_folder):
+    for low, high in ((0.2, 0.28), (1e9, 0.1), (0.1, 1e9)):
+        result = run(num_iterations=3, max_steps=2, learning_rate=3e-2, epsilon=low, epsilon_high=high)
+        kl, too_low, too_high, either = (max(result.tags[tag]) for tag in OFF_POLICY)
+        assert min(kl, either) > 1e-3 and (too_low > 0.01) == (low < 1) and (too_high > 0.01) == (high < 1)
+        assert largest_change(result, model_folder) > 0.06  # all rates add up to 0.09, those of first updates to 0.042
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -166,7 +166,7 @@ def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, mode
     rates = run(warmup_steps=2, max_steps=5, learning_rate=3e-3).tags["charts/learning_rate"]
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 1.5e-3, 0.0], abs=1e-9)
     for max_grad_norm, expected in ((1e6, 5e-3), (1e-12, 0.0)):  # Adam's first step is the learning rate
-        result = run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm)
+        result = run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm, max_tokens_per_microbatch=60)
         assert largest_change(result, model_folder) == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
@@ -193,8 +193,8 @@ def test_a_completion_is_scored_with_its_own_prompt_and_answer(run):
     for calls in result.train:  # P prompts, G times each
         assert [c[::2] for c in calls[::2]] == [c[::2] for c in calls[1::2]] and len({c[0] for c in calls}) == 4
     rows = {(row["prompt"], row["answer"]) for row in TRAIN}
-    for epoch in (result.train[:2], result.train[2:]):  # every row once
-        assert {c[::2] for calls in epoch for c in calls} == rows
+    first, second = ([c[::2] for calls in epoch for c in calls] for epoch in (result.train[:2], result.train[2:]))
+    assert {*first} == {*second} == rows and first != second  # every row once an epoch
     assert {c[::2] for c in result.after} == {(row["prompt"], row["answer"]) for row in HELD_OUT}
 
 
@@ -209,7 +209,7 @@ def test_steps_and_seeds_have_their_own_random_numbers_and_a_seed_repeats(run):
 
 def test_the_evaluation_is_the_trained_models_on_the_held_out_prompts(run, model_folder):
     def reward(prompt, completion, answer):
-        return float(answer in completion)
+        return float(answer[-1] in "05" and completion < "5")
 
     result = run(reward, temperature=0.6, max_steps=6, eval_steps=2, learning_rate=5e-3, eval_generations=5)
     assert json.loads((result.folder / "summary.json").read_text()) == result.metrics

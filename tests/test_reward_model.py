@@ -277,8 +277,9 @@ def test_a_run_learns_logs_and_saves_what_others_load(tiny, capsys):
     assert float.fromhex(fresh.stdout) == model(**ids).logits.item()
     rows = PAIRS[:-6]
     answers = [(r["prompt"], a) for r in rows for a in (r["chosen"], r["rejected"]) if r["chosen"] != r["rejected"]]
-    loaded = grpo_llm.load_reward_model(str(folder / "model"), torch.device("cpu"), normalize=True)
-    scores = torch.tensor(grpo_llm.reward_model_scores(*loaded, *map(list, zip(*answers)), 1024))
+    flags = grpo_llm.Args(reward_model_path=str(folder / "model"), normalize_reward_model=True)
+    score = grpo_llm.load_reward_model(flags, torch.device("cpu"))
+    scores = score([{"prompt": p, "turns": [{"role": "user", "content": p}], "text": text} for p, text in answers])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
 
 
