@@ -244,17 +244,19 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=None, eos_token_id=1,
+        initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )).to(device)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True), random.Random(seed)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), random.Random(seed)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
     for _ in trange(steps, desc="supervised", leave=False):
         texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
         ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
         labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
         labels[:, : len("47+85=")] = -100  # the prompt is not learned
         model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -645,13 +647,12 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is None:
         progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
-    # The prompts and random numbers of a step follow from the seed: there is no state to save.
     epochs = [random.Random(f"{args.seed} {e}") for e in range(args.max_steps * B // G // len(train) + 1)]
     order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start, seed = time.time(), args.seed * 1_000_000 + step
+        step_start, seed = time.time(), args.seed * 1_000_000 + step  # order and seed need no checkpoint
         samples, sampler_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
         stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
 
@@ -755,6 +756,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
         line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
-        message = " ".join(str(error.__cause__ or error).split())
-        print(f"error: {message} ({Path(__file__).name}, line {line})", file=sys.stderr)
+        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {line})", file=sys.stderr)
         raise SystemExit(2) from None
