@@ -755,6 +755,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
-        line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
-        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {line})", file=sys.stderr)
+        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
         raise SystemExit(2) from None
