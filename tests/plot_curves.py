@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 CURVES = {  # of each picture: tags, and what to write over them
     "grpo_llm": {
-        "eval/accuracy": "right answers, held-out",
-        "train/rewards/format_reward/mean": "share that shows its work",
-        "train/completions/mean_length": "tokens a completion",
+        "train/rewards/accuracy_reward/mean": "right answers, sampled, training",
+        "eval/accuracy_greedy": "right answers, greedy, held-out",
+        "train/rewards/format_reward/mean": "share that shows its work, sampled",
     },
     "ppo_llm": {
         "eval/accuracy": "right answers, held-out",
