@@ -8,14 +8,14 @@
 
 For each prompt q the policy samples G completions o_1..o_G, and a Python function scores each of them. A completion's
 advantage is its reward compared with its group's, so there is no value network. The update makes tokens with a positive
-advantage more likely, within a clipped trust region.
+advantage more likely. Clipping acts once a rollout is used for several optimizer steps (--num-iterations).
 
     J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
 
-GRPO: Shao et al. 2024 (arXiv:2402.03300). The default loss is DAPO's: N counts all tokens, eps_high > eps_low, beta = 0
-(arXiv:2503.14476). Dr. GRPO (arXiv:2503.20783): --loss-type dr_grpo --scale-rewards none. GSPO (arXiv:2507.18071):
---loss-type grpo --importance-sampling-level sequence --epsilon 3e-4 --epsilon-high 4e-4. CISPO: arXiv:2506.13585.
+GRPO: arXiv:2402.03300. The default loss is DAPO's, arXiv:2503.14476: N counts all tokens, eps_high > eps_low, beta = 0.
+Dr. GRPO, arXiv:2503.20783: --loss-type dr_grpo --scale-rewards none. CISPO, arXiv:2506.13585: --loss-type cispo. GSPO,
+arXiv:2507.18071: --loss-type grpo --importance-sampling-level sequence --epsilon 3e-4 --epsilon-high 4e-4.
 
     python grpo_llm.py                             # laptop, offline: a tiny model learns to show its work
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
@@ -23,9 +23,9 @@ GRPO: Shao et al. 2024 (arXiv:2402.03300). The default loss is DAPO's: N counts 
     torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly where the last checkpoint was written
 
-Shapes: P prompts of one process, G completions per prompt, L_q prompt tokens, T completion tokens, R rows of L tokens
-with K completions each, H hidden size, V vocabulary. `logprobs[:, t]` scores token t of a completion. `mask` is True
-where a token counts: up to and including the first stop token.
+Shapes: P prompts of one process, G (in evaluation k) completions per prompt, B completions, L_q prompt tokens, T tokens
+per completion, R rows of L tokens with K completions each, H hidden size, V vocabulary. logprobs[:, t] scores token t.
+`mask` is True where a token counts: up to and including the first stop token.
 
 Deliberately not here: inference servers, dynamic sampling, LoRA, tools, images, sharded weights. See TRL or verl.
 """
@@ -106,7 +106,7 @@ class Args:
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.28  # the ratio is clipped above 1 + this (DAPO's clip-higher)
     beta: float = 0.0  # weight of the KL to the initial model, per token, in the loss
-    num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO's algorithm 1)
+    num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO). 1: the ratio is 1
     mask_truncated_completions: bool = False  # leave cut-off completions out of the loss, not the group (DAPO)
 
 
@@ -127,9 +127,9 @@ def grpo_loss(
     """GRPO's loss, to be minimized, and statistics that are means over tokens. Inputs are (B, T), advantages (B,).
 
     num_tokens and num_sequences count the whole update, so that the losses of its micro-batches and processes add up.
-    On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0. The KL term's
-    gradient is ratio * log(pi / pi_ref) * grad log pi: the reverse KL's per token, on- and off-policy. (Differentiating
-    k1 or k3 gives another.) A token's effect on the KL of later tokens is ignored."""
+    On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0.
+    The KL term is k2, log(pi / pi_ref)^2 / 2, times the constant ratio: its gradient is the reverse KL's per token,
+    also off-policy (that of k1 or k3 is not). A token's effect on the KL of later tokens is ignored."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -188,7 +188,7 @@ def extract_number(text: str) -> float | None:
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's, else 0. None if the answer is not a number and marks none."""
+    """1 if the completion's final number is the answer's, else 0. None if the answer has no plain or marked number."""
     has_number = answer is not None and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
     expected = extract_number(answer) if has_number else None
     return None if expected is None else float(extract_number(completion) == expected)
@@ -203,7 +203,7 @@ REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # (function, weight in
 
 
 def score_completions(samples: list[dict], reward_model: Callable | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rewards (B,) of samples {prompt, text, answer, ...}, and the parts of that sum by name (B,), nan for None."""
+    """Rewards (B,) of samples {prompt, text, answer, ...}, and the unweighted ones by name (B,), nan for None."""
     parts, weighted = {}, []
     for function, weight in REWARDS:
         values = [function(s["prompt"], s["text"], s["answer"]) for s in samples]
@@ -228,8 +228,8 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
-    """A completion by a careful demonstrator (25%), who adds the units first (`47+85=` -> `-12=132`), or a hasty one,
-    who writes the sum at once, forgets every carry, and half the time is also off by one."""
+    """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
+    writes the sum at once, forgets every carry, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -282,7 +282,7 @@ def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalL
 
 
 def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Rows of the training split and of the test split of --dataset-name. The latter may be missing."""
+    """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
     name, kinds = args.dataset_name, {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     kind = kinds.get(Path(name).suffix)  # of a file, else a folder or a name on the hub
     if kind is None and Path(name).is_file():
@@ -300,12 +300,12 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
     examples = []
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
-        turns = row.get("prompt") or row.get("question") or row.get("messages")
+        turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
         if not isinstance(turns, list) or not all(isinstance(x, dict) and {"role", "content"} <= {*x} for x in turns):
             raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`, `question` or "
                              "`messages` that is a text or a list of {role, content}")
-        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
         prompt = "\n".join(turn["content"] or "" for turn in turns)
         if tokenizer.chat_template is not None:
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -326,7 +326,7 @@ def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]]
     name, flag = args.reward_model_path, "--reward-model-path"
     model, tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
     has_template, config = tokenizer.chat_template is not None, model.to(device).config
-    own_pad = tokenizer.pad_token_id != tokenizer.eos_token_id  # else the score before the EOS would be read
+    own_pad = tokenizer.pad_token_id != tokenizer.eos_token_id  # else EOS would pass for padding, and be skipped
     if config.num_labels != 1 or not own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
         raise ValueError(f"{flag} {name} needs one logit, its own pad token and, if normalized, reward_std")
     config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
@@ -491,8 +491,8 @@ def completion_logprobs(
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
 
-    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over a row of
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. K = best needs fewest per token."""
+    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over its
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
     L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
     best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
     K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
@@ -565,7 +565,7 @@ def main(args: Args) -> dict[str, float]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     splits = load_rows(args) if args.dataset_name else addition_rows()
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
-    if not held_out:  # whole prompts, rarest first, so at most a tenth of the rows
+    if not held_out:  # all rows of the rarest tenth of the prompts
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
         chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
@@ -579,7 +579,7 @@ def main(args: Args) -> dict[str, float]:
     ref_model = load_pretrained(initial, "--model-name-or-path")[0].to(device) if args.beta != 0.0 else None
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    eos = model.generation_config.eos_token_id  # an id, a list of ids, or None
+    eos = model.generation_config.eos_token_id  # id(s) or None. BOS stops too: some models end a text with it
     stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
     peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
@@ -608,8 +608,8 @@ def main(args: Args) -> dict[str, float]:
                 temperature, stop_ids, tokenizer.pad_token_id, torch.Generator().manual_seed(seed), rank, world_size,
             )
         samples = []
-        for i, (ids, counts) in enumerate(zip(response.cpu(), mask.cpu())):
-            prompt, completion = examples[i // k]["ids"], ids[counts].tolist()
+        for i, (ids, kept) in enumerate(zip(response.cpu(), mask.cpu())):
+            prompt, completion = examples[i // k]["ids"], ids[kept].tolist()
             before, whole = tokenizer.batch_decode([prompt, prompt + completion], skip_special_tokens=True)
             # Decoded alone, some completions would lose their first space.
             samples.append({**examples[i // k], "completion": completion, "text": whole[len(before) :]})
@@ -681,7 +681,7 @@ def main(args: Args) -> dict[str, float]:
                 loss, mb_stats = grpo_loss(
                     mb_logprobs, old_logprobs[mb, :T], advantages[mb], loss_mask[mb, :T], args.epsilon,
                     args.epsilon_high, args.loss_type, ref_logprobs[mb, :T], args.beta, args.max_completion_length,
-                    args.importance_sampling_level, num_loss_tokens, B,
+                    args.importance_sampling_level, num_loss_tokens, args.generation_batch_size,
                 )
                 loss.backward()
                 for name, value in {"train/loss": loss.detach(), **mb_stats}.items():
@@ -710,7 +710,7 @@ def main(args: Args) -> dict[str, float]:
         logs |= {
             "train/reward": groups.mean(), "train/reward_std": groups.std(1).mean(),
             "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
-            "train/entropy": -figures["logprobs"].sum() / num_tokens,  # unbiased: the policy's own samples
+            "train/entropy": -figures["logprobs"].sum() / num_tokens,  # an estimate from the policy's own samples
             "train/completions/mean_length": num_tokens / B,
             "train/completions/clipped_ratio": 1 - figures["stopped"].mean(),
             "train/sampling/sampling_logp_difference/mean": figures["difference"].sum() / num_tokens,
@@ -719,7 +719,7 @@ def main(args: Args) -> dict[str, float]:
             "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
         if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):
-            raise ValueError(f"{type(model).__name__} is not supported: it changes its logits or keeps no KV cache")
+            raise ValueError(f"{type(model).__name__} is not supported: sampler and update disagree (scaled logits?)")
         bar.set_postfix_str(f"reward {logs['train/reward']:.2f}, length {logs['train/completions/mean_length']:.1f}")
         if rank == 0:
             for name, value in logs.items():
@@ -729,7 +729,7 @@ def main(args: Args) -> dict[str, float]:
         if (step + 1) % args.eval_steps == 0 and step + 1 < args.max_steps:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
-            # Written aside, then renamed: neither a kill nor a full disk damages the last checkpoint.
+            # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
             progress["seconds"] = time.time() - start_time
             model.save_pretrained(run_dir / "model.tmp")
             tokenizer.save_pretrained(run_dir / "model.tmp")
