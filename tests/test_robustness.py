@@ -431,7 +431,7 @@ SHORT_BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "row 1 with columns ['text'] has no `prompt`"),
     ("grpo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "row 1 with columns ['answer', 'prompt']"),
     ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "row 1 with columns"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "row 1 with columns"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "what is it?", "answer": "1"})}, "0 training rows"),
