@@ -1,14 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0", "tqdm==4.70.1",
-# ]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
+#                 "tqdm==4.70.1"]
 # ///
 """GRPO: train a language model by reinforcement learning with verifiable rewards.
 
-For each prompt q the policy samples G completions o_1..o_G, and a Python function scores each of them. A completion's
-advantage is its reward compared with its group's, so there is no value network. The update makes tokens with a positive
-advantage more likely. Clipping acts once a rollout is used for several optimizer steps (--num-iterations).
+For each prompt q the policy samples G completions o_1..o_G, and a Python function scores them. A completion's advantage
+is its reward compared with its group's, so there is no value network. The update makes tokens with a positive advantage
+more likely.
 
     J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
@@ -23,8 +22,8 @@ arXiv:2507.18071: --loss-type grpo --importance-sampling-level sequence --epsilo
     torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly where the last checkpoint was written
 
-Shapes: P prompts of one process, G (in evaluation k) completions per prompt, B completions, L_q prompt tokens, T tokens
-per completion, R rows of L tokens with K completions each, H hidden size, V vocabulary. logprobs[:, t] scores token t.
+Shapes: P prompts of one process, G completions per prompt (k in evaluation), B completions, L_q prompt tokens, T tokens
+per completion, R rows of L tokens, K completions per row, H hidden size, V vocabulary. logprobs[:, t] scores token t.
 `mask` is True where a token counts: up to and including the first stop token.
 
 Deliberately not here: inference servers, dynamic sampling, LoRA, tools, images, sharded weights. See TRL or verl.
@@ -66,28 +65,28 @@ class Args:
     """GRPO: train a language model by reinforcement learning with verifiable rewards."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # seed of initial weights, data order and samples
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run. auto: CUDA if available
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
     output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
     resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- common to the language-model scripts
-    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model pretrained here on addition
+    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
-    dataset_config: str | None = None  # configuration on the hub, such as main for openai/gsm8k
+    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If absent, up to a tenth of train is held out
+    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if CUDA is available
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    max_tokens_per_microbatch: int = 2048  # tokens per forward and backward pass. Affects memory and speed only
-    learning_rate: float | None = None  # peak learning rate. None: 1e-3 for the tiny model, else 1e-6
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
+    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, else 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
-    save_steps: int = 50  # steps between checkpoints. There is always one at the end
-    eval_steps: int = 50  # steps between evaluations, besides the first and the last
+    save_steps: int = 50  # steps between checkpoints
+    eval_steps: int = 50  # steps between evaluations
     sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- GRPO
@@ -97,39 +96,37 @@ class Args:
     max_completion_length: int = 256  # tokens after which a completion is cut off
     temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
-    reward_model_path: str | None = None  # sequence classifier with one logit, added to the reward functions
-    normalize_reward_model: bool = False  # standardize the reward model's score as reward_model.py measured it
+    reward_model_path: str | None = None  # sequence classifier with one logit, added to the rewards
+    normalize_reward_model: bool = False  # to mean 0, variance 1 on reward_model.py's data
     # mean over all tokens (dapo, cispo), per completion first (grpo), or over max-completion-length (dr_grpo)
     loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"
-    scale_rewards: Literal["group", "none"] = "group"  # divide by the group's standard deviation. none: Dr. GRPO
+    scale_rewards: Literal["group", "none"] = "group"  # divide by the group's std. none: Dr. GRPO
     importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token, or per completion (GSPO)
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.28  # the ratio is clipped above 1 + this (DAPO's clip-higher)
     beta: float = 0.0  # weight of the KL to the initial model, per token, in the loss
     num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO). 1: the ratio is 1
-    mask_truncated_completions: bool = False  # leave cut-off completions out of the loss, not the group (DAPO)
+    mask_truncated_completions: bool = False  # no loss on cut-off completions (DAPO)
 
 
-def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "none"]) -> Tensor:
+def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:
     """Rewards (P, G) minus their group's mean. "group" divides by its standard deviation (ddof 1) + 1e-4, as in TRL."""
     advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
     if scale_rewards == "group":
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
-    return advantages.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)  # not rounding noise
 
 
 def grpo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, epsilon_low: float, epsilon_high: float,
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"], ref_logprobs: Tensor | None = None, beta: float = 0.0,
-    max_completion_length: int | None = None, importance_sampling_level: Literal["token", "sequence"] = "token",
-    num_tokens: float | None = None, num_sequences: float | None = None,
+    loss_type: str, ref_logprobs: Tensor | None = None, beta: float = 0.0, max_completion_length: int | None = None,
+    importance_sampling_level: str = "token", num_tokens: float | None = None, num_sequences: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's loss, to be minimized, and statistics that are means over tokens. Inputs are (B, T), advantages (B,).
-
+    """GRPO's loss, to be minimized, and statistics (means over tokens). Inputs are (B, T), advantages (B,).
     num_tokens and num_sequences count the whole update, so that the losses of its micro-batches and processes add up.
     On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0.
-    The KL term is k2, log(pi / pi_ref)^2 / 2, times the constant ratio: its gradient is the reverse KL's per token,
-    also off-policy (that of k1 or k3 is not). A token's effect on the KL of later tokens is ignored."""
+    The KL term is k2, log(pi / pi_ref)^2 / 2, times the constant ratio. Its gradient is that of the reverse KL per
+    token, also off-policy (k1's and k3's are not). A token's effect on the KL of later tokens is ignored."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     num_sequences = len(mask) if num_sequences is None else num_sequences
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -138,7 +135,8 @@ def grpo_loss(
     if importance_sampling_level == "sequence":
         ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(log_ratio)  # (B, T), GSPO eq. 7
     advantages = advantages[:, None]  # (B, 1)
-    too_low, too_high = (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+    too_low = (ratio < 1 - epsilon_low) & (advantages < 0)  # (B, T)
+    too_high = (ratio > 1 + epsilon_high) & (advantages > 0)  # (B, T)
     losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)  # (B, T)
     if loss_type == "cispo":  # MiniMax-M1, eq. 4 and 5: the clipped ratio is a constant weight, with no lower bound
         too_low, too_high = torch.zeros_like(mask), ratio > 1 + epsilon_high
@@ -163,7 +161,7 @@ def grpo_loss(
     return loss, {name: torch.where(mask, value.detach(), 0.0).sum() / num_tokens for name, value in stats.items()}
 
 
-def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: Literal["constant", "linear", "cosine"]) -> float:
+def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
     """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
     elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
@@ -177,8 +175,8 @@ SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
 
 def extract_number(text: str) -> float | None:
-    """The number (a unit may follow it) of the last answer marked by `#### N` or `\\boxed{N}`, else the last number in
-    the text. None if there is none, or if the marked answer is a formula."""
+    """The number in the last answer marked by `#### N` or `\\boxed{N}` (a unit may follow), else the last number.
+    None if there is none, or if the marked answer is a formula."""
     text = text.replace("\u2212", "-").replace("{,}", ",")
     found = re.findall(NUMBER, text)
     if marked := MARKED.findall(text):
@@ -207,15 +205,15 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
     parts, weighted = {}, []
     for function, weight in REWARDS:
         values = [function(s["prompt"], s["text"], s["answer"]) for s in samples]
-        parts[function.__name__] = torch.tensor([math.nan if value is None else float(value) for value in values])
-        weighted += [weight * parts[function.__name__]] if weight else []
+        parts[function.__name__] = torch.tensor([math.nan if x is None else float(x) for x in values])
+        if weight:
+            weighted.append(weight * parts[function.__name__])
     if reward_model is not None:
         parts["reward_model"] = reward_model(samples)
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
-    for s, bad in zip(samples, table.isnan().all(0) | table.isinf().any(0)):
-        if bad:
-            raise ValueError(f"no reward is a number for the prompt {s['prompt']!r} with the answer {s['answer']!r}")
+    for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
+        raise ValueError("no reward is a number for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
     return table.nansum(0), parts
 
 
@@ -265,13 +263,13 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
     """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
     files = {file.name.split(".")[0] for file in Path(name).glob("*")}
-    is_path = files or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not ("config" in files and files & {"tokenizer", "vocab"}):
+    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
         raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
     try:
-        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
-        for part in (config, config.get_text_config()):  # no dropout
-            vars(part).update({key: 0.0 for key, x in vars(part).items() if isinstance(x, float) and "drop" in key})
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        for part in (config, config.get_text_config()):
+            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
@@ -283,28 +281,28 @@ def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalL
 
 def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
-    name, kinds = args.dataset_name, {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    kind = kinds.get(Path(name).suffix)  # of a file, else a folder or a name on the hub
+    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
     if kind is None and Path(name).is_file():
         raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    if missing := {args.dataset_train_split, *({args.dataset_test_split} - {"test"})} - {*splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {missing.pop()} is not one of {sorted(splits)}")
-    return list(splits[args.dataset_train_split]), list(splits.get(args.dataset_test_split, ()))
+    for split in {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    return list(splits[train]), list(splits.get(test, ()))
 
 
 def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
-    """Examples {prompt, turns, answer, ids} of rows with the columns of TRL (`prompt` or `messages`; `answer` or
-    `solution`) or GSM8K (`question`, `answer`), without prompts that are too long or unreadable for the tokenizer."""
+    """Examples {prompt, turns, answer, ids} of rows with TRL's columns (`prompt` or `messages`, `answer` or `solution`)
+    or GSM8K's (`question`, `answer`). Prompts that are too long or have unknown characters are left out."""
     examples = []
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
         turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
-        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": turns}]
         if not isinstance(turns, list) or not all(isinstance(x, dict) and {"role", "content"} <= {*x} for x in turns):
-            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`, `question` or "
-                             "`messages` that is a text or a list of {role, content}")
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`: text or turns")
         turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
         prompt = "\n".join(turn["content"] or "" for turn in turns)
         if tokenizer.chat_template is not None:
@@ -323,33 +321,29 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length
 def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]], Tensor]:
     """A function of samples {prompt, turns, text, ...}: the logits (B,) of a sequence classifier with its own tokenizer
     and chat template. They are computed in fp32, since bf16 scores between 4 and 8 are 1/32 apart."""
-    name, flag = args.reward_model_path, "--reward-model-path"
-    model, tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
-    has_template, config = tokenizer.chat_template is not None, model.to(device).config
-    own_pad = tokenizer.pad_token_id != tokenizer.eos_token_id  # else EOS would pass for padding, and be skipped
-    if config.num_labels != 1 or not own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
-        raise ValueError(f"{flag} {name} needs one logit, its own pad token and, if normalized, reward_std")
+    flag = "--reward-model-path"
+    model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
+    config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
+    if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
+        raise ValueError(f"{flag} needs one logit, a pad token that is not EOS and, to be normalized, reward_std")
     config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
-    tokenizer.truncation_side = "right"
+    tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
     max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
 
     @torch.no_grad()
     def score(samples: list[dict]) -> Tensor:
         texts = [s["prompt"] + s["text"] for s in samples]
-        if has_template:
+        if not plain:
             chats = [[*s["turns"], {"role": "assistant", "content": s["text"]}] for s in samples]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        ids = tokenizer(texts, add_special_tokens=not has_template, truncation=True, max_length=max_length).input_ids
+        ids = tokenizer(texts, add_special_tokens=plain, truncation=True, max_length=max_length).input_ids
         scores, lengths = torch.zeros(len(ids)), torch.tensor([len(x) for x in ids])  # (B,), (B,)
         for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")
-            scores[mb] = model(inputs.input_ids.to(device), inputs.attention_mask.to(device)).logits[:, 0].cpu()
+            scores[mb] = model(**inputs.to(device)).logits[:, 0].cpu()
         return (scores - config.reward_mean) / config.reward_std if args.normalize_reward_model else scores
 
     return score
-
-
-TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
 
 
 class KeyValueCache(DynamicCache):
@@ -360,30 +354,35 @@ class KeyValueCache(DynamicCache):
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) from softmax(logits / temperature), by the inverse CDF at uniform (B,), and their logprobs (B,).
-    Temperature 0: the argmax, and its logprob at temperature 1. An fp32 CDF would lose a large vocabulary's tail."""
-    logits = logits.float() / (temperature or 1.0)
-    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
-    cdf = probs.cumsum(1, dtype=torch.float64)  # (B, V)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
-    token = token if temperature > 0 else probs.argmax(1, keepdim=True)
+    """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
+    logprob at temperature 1. By the inverse CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. Sums
+    over chunks are fp64, or the tail of a large vocabulary would be lost. Overwrites logits (B, V)."""
+    V = logits.shape[1]
+    logits = nn.functional.pad(logits, (0, -V % 128), value=-torch.inf) if V % 128 else logits
+    logits = logits.float().div_(temperature or 1.0)
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_().unflatten(1, (-1, 128))  # (B, C, 128), up to a factor
+    sums = probs.sum(2).double()  # (B, C)
+    cdf = sums.cumsum(1)  # (B, C)
+    goal = uniform[:, None] * cdf[:, -1:]  # (B, 1)
+    chunk = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
+    inside = probs.take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
+    token = 128 * chunk + torch.searchsorted(inside, goal - (cdf - sums).gather(1, chunk), right=True)  # (B, 1)
+    probs = probs.flatten(1)  # (B, V), or a little more
+    token = token.clamp(max=V - 1) if temperature > 0 else probs.argmax(1, keepdim=True)
     return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
 
 
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
-    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0,
-    world_size: int = 1,
+    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample num_generations completions of each left-padded prompt query (P, L_q) from softmax(logits / temperature),
     whatever the generation config says, up to their first stop id, which counts, or to max_completion_length tokens.
-    Returns response, logprobs (fp32) and mask (P*G, T), grouped by prompt. Random numbers are drawn for all processes,
-    so that samples do not depend on the number of processes."""
+    Returns response, logprobs (fp32) and mask (P*G, T), grouped by prompt."""
     model.eval()  # in training mode, gradient checkpointing drops the cache
     B, T, device = len(query) * num_generations, max_completion_length, query.device
-    uniform = torch.rand(T, world_size * B, dtype=torch.float64, generator=generator)
-    uniform = uniform[:, rank * B : (rank + 1) * B].to(device)  # (T, B)
+    uniform = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)  # (B, T)
     response, logprobs = torch.full((B, T), pad_id, device=device), torch.zeros(B, T, device=device)
     mask, stop = torch.zeros(B, T, dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
     cache, ids, padded = KeyValueCache(config=model.config), query, not bool(attention_mask.all())
@@ -398,9 +397,7 @@ def sample(
             source = active // num_generations  # (B,)
             cache.reorder_cache(source)
             logits, attention_mask, position_ids = logits[source], attention_mask[source], position_ids[source, -1:]
-        size = max(1, TILE[device.type] // logits.shape[1])  # rows at a time: their fp64 CDF is large
-        drawn = [sample_tokens(*x, temperature) for x in zip(logits.split(size), uniform[t, active].split(size))]
-        token, logprob = (torch.cat(x) for x in zip(*drawn))  # (b,), (b,)
+        token, logprob = sample_tokens(logits, uniform[active, t], temperature)  # (b,), (b,)
         response[active, t], logprobs[active, t], mask[active, t] = token, logprob, True
         kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # the others leave the batch
         if len(kept) == 0:
@@ -412,6 +409,9 @@ def sample(
         ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
         attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
     return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
+
+
+TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -451,9 +451,9 @@ class TokenLogprobs(torch.autograd.Function):
 def fits_tree(model: PreTrainedModel) -> bool:
     """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
     config = model.config.get_text_config()
-    full = {*(getattr(config, "layer_types", None) or ["full_attention"])} == {"full_attention"}
-    plain = not getattr(config, "sliding_window", None) and not getattr(config, "alibi", None)
-    return full and plain and model.config._attn_implementation == "sdpa"
+    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
+    return not unusual and model.config._attn_implementation == "sdpa"
 
 
 def completion_logprobs(
@@ -490,7 +490,6 @@ def completion_logprobs(
 
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
-
     K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over its
     L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
     L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
@@ -498,16 +497,15 @@ def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -
     K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
     rows = [samples[i : i + K] for i in range(0, len(samples), K)]
     lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
-    batches: list[list[int]] = [[]]
+    batches: list[tuple[list, list, list]] = []
     for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[r] > max_tokens:
-            batches.append([])
-        batches[-1].append(r)
-    return [
-        ([r * K + k for r in batch for k in range(K)], [rows[r][0]["ids"] for r in batch],
-         [s["completion"] for r in batch for s in rows[r]])
-        for batch in batches
-    ]
+        if not batches or (len(batches[-1][1]) + 1) * lengths[r] > max_tokens:
+            batches.append(([], [], []))
+        indices, prompts, completions = batches[-1]
+        indices += range(r * K, r * K + K)
+        prompts.append(rows[r][0]["ids"])
+        completions += [s["completion"] for s in rows[r]]
+    return batches
 
 
 def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -537,8 +535,7 @@ def main(args: Args) -> dict[str, float]:
     B, G = args.generation_batch_size, args.num_generations
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if G < 2 or B < G or B % (G * world_size):
-        raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} (at least 2) times "
-                         f"the number of processes {world_size}")
+        raise ValueError(f"--generation-batch-size {B} is no multiple of --num-generations {G} (>= 2) x processes")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -550,10 +547,10 @@ def main(args: Args) -> dict[str, float]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_time = torch.tensor(start_time, dtype=torch.float64, device=device)
+    unix_time = torch.tensor(int(start_time), device=device)
     if dist.is_initialized():
-        dist.broadcast(run_time, 0)
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
+        dist.broadcast(unix_time, 0)
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
     initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
     if rank == 0:
         print(run_dir)
@@ -565,7 +562,7 @@ def main(args: Args) -> dict[str, float]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     splits = load_rows(args) if args.dataset_name else addition_rows()
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
-    if not held_out:  # all rows of the rarest tenth of the prompts
+    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
         chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
@@ -574,8 +571,9 @@ def main(args: Args) -> dict[str, float]:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     reward_model = load_reward_model(args, device) if args.reward_model_path is not None else None
     if reward_model is None and [function for function, weight in REWARDS if weight] == [accuracy_reward]:
-        if bad := [e for e in train + held_out if accuracy_reward("", "", e["answer"]) is None]:
-            raise ValueError(f"--dataset-name: {bad[0]['prompt']!r} has the answer {bad[0]['answer']!r}, not a number")
+        for e in train + held_out:
+            if accuracy_reward("", "", e["answer"]) is None:
+                raise ValueError(f"--dataset-name: {e['prompt']!r} has the answer {e['answer']!r}, not a number")
     ref_model = load_pretrained(initial, "--model-name-or-path")[0].to(device) if args.beta != 0.0 else None
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -600,19 +598,21 @@ def main(args: Args) -> dict[str, float]:
 
     def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
         """k samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*k, T)."""
-        examples = examples[rank * len(examples) // world_size : (rank + 1) * len(examples) // world_size]
+        P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
+        examples = examples[rank * P : (rank + 1) * P]
         query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
+        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # skip lower ranks'
         with autocast():
             response, logprobs, mask = sample(
                 model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,
-                temperature, stop_ids, tokenizer.pad_token_id, torch.Generator().manual_seed(seed), rank, world_size,
+                temperature, stop_ids, tokenizer.pad_token_id, rng,
             )
         samples = []
         for i, (ids, kept) in enumerate(zip(response.cpu(), mask.cpu())):
-            prompt, completion = examples[i // k]["ids"], ids[kept].tolist()
-            before, whole = tokenizer.batch_decode([prompt, prompt + completion], skip_special_tokens=True)
+            example, completion = examples[i // k], ids[kept].tolist()
             # Decoded alone, some completions would lose their first space.
-            samples.append({**examples[i // k], "completion": completion, "text": whole[len(before) :]})
+            texts = tokenizer.batch_decode([example["ids"], example["ids"] + completion], skip_special_tokens=True)
+            samples.append({**example, "completion": completion, "text": texts[1][len(texts[0]) :]})
         return samples, logprobs, mask
 
     def evaluate(step: int) -> dict[str, float]:
@@ -625,13 +625,13 @@ def main(args: Args) -> dict[str, float]:
                 rewards, by_name = score_completions(samples, reward_model)  # (P*k,), each (P*k,)
                 figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
                 if temperature == 1.0:
-                    if "accuracy" in figures:
-                        figures[f"pass@{k}"] = figures["accuracy"].view(-1, k).amax(1)  # (P,)
-                    figures["mean_length"], kl = mask.sum(1), logprobs.sum(1)  # (P*k,), (P*k,)
+                    kl = logprobs.sum(1)  # (P*k,): log pi / pi_ref of whole completions
                     for mb, *inputs in pack(model, samples, k, args.max_tokens_per_microbatch):
                         with torch.no_grad(), autocast():
                             kl[mb] -= completion_logprobs(reference, *inputs, 1.0).sum(1)
-                    figures["kl"] = kl  # log pi / pi_ref of whole completions
+                    figures |= {"kl": kl, "mean_length": mask.sum(1)}
+                    if "accuracy" in figures:
+                        figures[f"pass@{k}"] = figures["accuracy"].view(-1, k).amax(1)  # (P,)
                     for s, reward in zip(samples[::k], rewards[::k] if start == 0 else ()):
                         text += f"| {s['prompt']} | {s['text']} | {reward:.2f}".replace("\n", " ") + " |\n"
                 for name, x in figures.items():
@@ -738,8 +738,8 @@ def main(args: Args) -> dict[str, float]:
             os.replace(run_dir / "model.tmp", run_dir / "model")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    metrics = progress["metrics"] | evaluate(args.max_steps)
-    metrics |= {"seed": args.seed, "wall_seconds": time.time() - start_time}
+    metrics = progress["metrics"] | evaluate(args.max_steps) | {"seed": args.seed}
+    metrics["wall_seconds"] = time.time() - start_time
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
