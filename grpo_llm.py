@@ -81,16 +81,16 @@ class Args:
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
     max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
-    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, else 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
-    save_steps: int = 50  # steps between checkpoints
-    eval_steps: int = 50  # steps between evaluations
     sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- GRPO
     max_steps: int = 200  # rollouts, each followed by --num-iterations optimizer steps
+    eval_steps: int = 50  # steps between evaluations
+    save_steps: int = 50  # steps between checkpoints
+    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, else 1e-6
     generation_batch_size: int = 256  # completions per rollout, over all prompts and processes
     num_generations: int = 8  # G, completions per prompt
     max_completion_length: int = 256  # tokens after which a completion is cut off
