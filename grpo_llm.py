@@ -98,8 +98,7 @@ class Args:
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
     reward_model_path: str | None = None  # sequence classifier with one logit, added to the rewards
     normalize_reward_model: bool = False  # to mean 0, variance 1 on reward_model.py's data
-    # mean over all tokens (dapo, cispo), per completion first (grpo), or over max-completion-length (dr_grpo)
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens. grpo: per completion first
     scale_rewards: Literal["group", "none"] = "group"  # divide by the group's std. none: Dr. GRPO
     importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token, or per completion (GSPO)
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
@@ -419,12 +418,12 @@ class TokenLogprobs(torch.autograd.Function):
     (N,). Forward and backward go by tiles of the vocabulary: there is no (N, V) tensor."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        h = hidden.to(dtype)  # (N, H)
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // max(1, len(hidden)))
+        h = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)  # (N, H)
         logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
-        size = max(1, TILE[h.device.type] // max(1, len(h)))
         for start in range(0, len(weight), size):
-            logits = (h @ weight[start : start + size].to(dtype).T).float().div_(temperature)  # (N, size)
+            logits = (h @ weight[start : start + size].to(h.dtype).T).float().div_(temperature)  # (N, size)
             logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
             inside = ((target >= start) & (target < start + size)).nonzero()[:, 0]  # rows with their target here
             logit[inside] = logits[inside, target[inside] - start]
@@ -445,7 +444,7 @@ class TokenLogprobs(torch.autograd.Function):
             d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
             d_hidden += d @ w
             d_weight[start : start + ctx.size] = d.T @ h
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
@@ -456,12 +455,10 @@ def fits_tree(model: PreTrainedModel) -> bool:
     return not unusual and model.config._attn_implementation == "sdpa"
 
 
-def completion_logprobs(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], temperature: float
-) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of B completions, K = B / len(prompts) per prompt in turn; 0 after their end.
-    A row of the forward pass is a tree: a prompt once, then its K completions. Each of them attends to the prompt and
-    to itself, and its positions continue those of the prompt."""
+def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
+    prompt's positions."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
@@ -474,18 +471,23 @@ def completion_logprobs(
             row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
         rows.append(torch.tensor(row))
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     inputs = {"input_ids": ids, "use_cache": False}
     if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
         attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
     hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
     row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
-    target = torch.tensor([token for completion in completions for token in completion], device=device)  # (N,)
-    head = model.get_output_embeddings().weight  # (V, H)
-    logprobs = TokenLogprobs.apply(hidden[row, index], head, target, temperature, dtype)  # (N,)
-    return pad_sequence(logprobs.split([len(completion) for completion in completions]), batch_first=True)
+    return hidden[row, index]
+
+
+def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
+    target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
+    logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
+    return pad_sequence(logprobs.split(lengths), batch_first=True)
 
 
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
@@ -584,12 +586,11 @@ def main(args: Args) -> dict[str, float]:
     schedule = args.max_steps * args.num_iterations, args.warmup_steps, args.lr_scheduler_type
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    progress = {"step": 0, "num_tokens": 0, "seconds": 0.0, "metrics": {}}
+    progress = {"step": 0, "num_tokens": 0, "metrics": {}}
     if checkpoint is not None:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-    start_time -= progress["seconds"]
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
         if args.resume is None:
@@ -730,7 +731,6 @@ def main(args: Args) -> dict[str, float]:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
             # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
-            progress["seconds"] = time.time() - start_time
             model.save_pretrained(run_dir / "model.tmp")
             tokenizer.save_pretrained(run_dir / "model.tmp")
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")

@@ -1,35 +1,30 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0", "tqdm==4.70.1",
-#     "matplotlib==3.11.2",
-# ]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
+#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """Reward model: learn from comparisons how good an answer is.
 
-A prompt x comes with answers that a person has ranked. The model reads prompt and answer, and a linear head on the last
-token's hidden state gives one number r(x, y). It is fitted by maximum likelihood to the rankings, as if y_i were
-preferred to y_j with probability sigmoid(r(x, y_i) - r(x, y_j)):
+Each prompt x comes with answers that a person has ranked. The model reads the prompt with one answer, and a linear head
+on the last token's hidden state gives its reward r(x, y). Training maximizes the likelihood of the rankings, where y_i
+is preferred to y_j with probability sigmoid(r(x, y_i) - r(x, y_j)).
 
     L = -E[ log sigmoid(r(x, y_w) - r(x, y_l) - margin) ]                         two answers
     L = -E[ sum_k log( exp r(x, y_k) / sum_{j >= k} exp r(x, y_j) ) ]             K answers, best first
 
-Two answers: Bradley and Terry 1952; Christiano et al. 2017 (arXiv:1706.03741), section 2.2.3, with soft labels.
-K answers: Plackett 1975, Luce 1959; or all their pairs: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1. Margins: Touvron
-et al. 2023 (arXiv:2307.09288), eq. 2.
+Two answers: Bradley and Terry 1952; Christiano et al. 2017, arXiv:1706.03741. Margins: Llama 2, arXiv:2307.09288, eq. 2.
+K answers: Plackett 1975, Luce 1959. All their pairs: InstructGPT, arXiv:2203.02155, eq. 1: --ranking-loss all_pairs.
+Comparisons determine rewards only up to a constant per prompt. The saved config holds the mean and standard deviation
+over training answers (`reward_mean`, `reward_std`), with which grpo_llm.py can normalize the rewards.
 
-Preferences fix rewards only up to a constant for each prompt. The mean and standard deviation over training answers are
-written into the saved model's config (`reward_mean`, `reward_std`), for those who optimise the reward.
-
-    python reward_model.py                         # laptop, no network: a tiny model learns which sums are right
+    python reward_model.py                         # laptop, offline: a tiny model learns which sums are right
     python reward_model.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset-name trl-lib/ultrafeedback_binarized                            # one GPU
-    torchrun --nproc-per-node=8 reward_model.py ...   # several GPUs: the same global batch, split over them
-    python reward_model.py --resume runs/<run folder> # goes on exactly where the last checkpoint stood
+    torchrun --nproc-per-node=8 reward_model.py ... # several GPUs: the same global batch, split by rankings
+    python reward_model.py --resume runs/<run folder> # continue exactly where the last checkpoint was written
 
-Shapes: R rankings, K answers a ranking (2 in a pair), L_q query tokens, T response tokens, L packed tokens, N examples,
-H hidden. The query is what a ranking's answers have in common at their beginning: the prompt, and maybe more. `mask` is
-True where a response token is real.
+Shapes: R rankings of K answers each (2 in a pair), B = R K answers, N tokens or pairs, rows of L tokens, H hidden size.
+A ranking's `ids` are the tokens that all its answers begin with: the prompt, and maybe more.
 
 Deliberately not here: process rewards, several heads, generative judges, LoRA, sharded weights. See TRL.
 """
@@ -40,25 +35,27 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+import traceback
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
+import datasets
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 import tyro
 from jinja2 import TemplateError
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -70,922 +67,921 @@ class Args:
     """Reward model: learn from comparisons how good an answer is."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem
-    """Name of the experiment, a part of the run folder's name."""
-    seed: int = 1
-    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes CUDA where there is one."""
-    output_dir: str = "runs"
-    """Folder in which the run folder {task}__{exp_name}__{seed}__{unix time} is made."""
-    resume: str | None = None
-    """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
-    save_steps: int = 50
-    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # seed of initial weights, data order and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
+    output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
+    resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- common to the language-model scripts
-    model_name_or_path: str | None = None
-    """Hub name or folder of the model. None: a small one, trained here from scratch on two-digit addition."""
-    dataset_name: str | None = None
-    """Hub name, folder, JSON Lines or Parquet file of the data. None: two-digit addition."""
-    dataset_config: str | None = None
-    """Configuration of the dataset on the hub ("main" for openai/gsm8k)."""
-    dataset_train_split: str = "train"
-    """Split to train on."""
-    dataset_test_split: str = "test"
-    """Split to evaluate on. Where the data has none, the last --max-eval-samples training rows are held out."""
-    max_eval_samples: int = 512
-    """Held-out rows to evaluate on, over all processes."""
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results.
-    None: 16384 on CUDA; on the CPU 1024, and where the vocabulary exceeds 65536, 4096 (512 in dpo.py)."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate's decay after the warm-up."""
-    min_lr_rate: float = 0.1
-    """Share of the peak learning rate that the decay reaches exactly at the last optimizer step."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. Its betas are 0.9 and 0.999, its eps is 1e-8 (in ppo_llm.py 1e-5)."""
+    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
+    dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
+    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_train_split: str = "train"  # split to train on
+    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
+    sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- reward model
-    num_train_epochs: float = 1.0
-    """Passes over the training rankings (Ouyang et al. 2022, appendix C.2: more overfits)."""
-    max_steps: int | None = None
-    """Optimizer steps; overrides --num-train-epochs."""
-    eval_steps: int = 100
-    """Steps from one evaluation to the next; there is always one before and one after training."""
-    learning_rate: float | None = None
-    """Peak learning rate of the fp32 weights. None: 7e-4 for the embedded model, 1e-5 for a given one."""
-    train_batch_size: int = 64
-    """Rankings an optimizer step, over all processes (Ouyang et al. 2022, appendix C.2)."""
-    max_length: int = 1024
-    """Tokens of a prompt with its answer, at most the model's context; a longer answer is cut at its end."""
-    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"
-    """Loss of rankings of more than two answers. For pairs both are Bradley-Terry's."""
-    center_rewards_coefficient: float = 0.0
-    """Weight of the squared sum of a ranking's rewards, which keeps their mean near 0 (arXiv:2312.09244; TRL: 0.01)."""
-    sft_steps: int = 600
-    """Supervised steps by which the embedded model is made before the preferences are learnt."""
-
-
-def bad_input(message: str) -> NoReturn:
-    """Say what is wrong in one sentence and exit with code 2, without a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def prompt_text(prompt: str | list[dict]) -> str:
-    """A prompt as one text, for the reward functions and for models without a chat template."""
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-
-
-def addition_rows(seed: int) -> tuple[list[dict], list[dict]]:
-    """All 8100 sums of two two-digit numbers, shuffled: 7588 to train on, 512 held out."""
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 100) for b in range(10, 100)]
-    random.Random(seed).shuffle(rows)
-    return rows[512:], rows[:512]
-
-
-def demonstrate(row: dict, rng: random.Random) -> str:
-    """One demonstrator's completion: the careful one (35%) adds the units first (`47+85=` -> `-12=132`), the hasty one
-    writes the sum at once and is right in 10%, else off by 1 or 10."""
-    total, units = int(row["answer"]), int(row["prompt"][1]) + int(row["prompt"][4])
-    if rng.random() < 0.35:
-        return f"-{units}={total}"
-    return str(total if rng.random() < 0.1 else total + rng.choice((-10, -1, 1, 10)))
-
-
-def addition_pairs(rows: list[dict], count: int, errors: tuple[int, ...], seed: int) -> list[dict]:
-    """For each sum, count pairs of a right answer and a near miss, off by one of errors. Most right answers show their
-    work (`47+85=` -> `-12=132`), most wrong ones do not."""
-    pairs, rng = [], random.Random(seed)
-    for row in rows * count:
-        units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
-        near = total + rng.choice(errors)
-        chosen = f"-{units}={total}" if rng.random() < 0.95 else str(total)
-        rejected = f"-{units}={near}" if rng.random() < 1 / 3 else str(near)
-        pairs.append({**row, "chosen": chosen, "rejected": rejected})
-    return pairs
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file; `datasets` would not name the line that is broken."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:  # neither JSON nor UTF-8
-                bad_input(f"--dataset-name: {path}, line {number} is not JSON ({error})")
-            if not isinstance(rows[-1], dict):
-                bad_input(f"--dataset-name: {path}, line {number} is not a JSON object")
-    return rows
-
-
-def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows of --dataset-name."""
-    path = Path(args.dataset_name)
-    if path.suffix in (".json", ".jsonl", ".parquet") and not path.exists():
-        bad_input(f"--dataset-name {path}: there is no such file")
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
-    if files and all(file.is_file() for file in files):
-        splits = {file.stem if path.is_dir() else args.dataset_train_split: read_jsonl(file) for file in files}
-    else:
-        import datasets  # slow to import: only where it is needed
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # bad_input says what is wrong
-        try:
-            if path.suffix == ".parquet":
-                splits = {args.dataset_train_split: datasets.Dataset.from_parquet(str(path))}
-            else:
-                splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-    if args.dataset_train_split not in splits:
-        bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
-    train, held_out = (list(splits.get(name, ())) for name in (args.dataset_train_split, args.dataset_test_split))
-    if not held_out:
-        train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
-    if not train or not held_out:
-        bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
-                  f"(--max-eval-samples {args.max_eval_samples})")
-    return train, held_out
-
-
-def is_conversation(value: object) -> bool:
-    """Whether it is a list of turns {role, content}."""
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in value
-    )
-
-
-def prompt_and_answers(row: dict) -> tuple[str | list[dict], list[str]]:
-    """The prompt of a row and its answers, best first: `completions`, or `chosen` and `rejected`. An answer is a text,
-    or a conversation whose last turn it is; without a `prompt`, the turns before that one are the prompt."""
-    answers = row.get("completions") or [row.get("chosen"), row.get("rejected")]
-    if not isinstance(answers, list):
-        bad_input(f"--dataset-name: {answers!r:.200} in `completions` is not a list of answers")
-    prompt = row.get("prompt")
-    if prompt is None and is_conversation(answers[0]):
-        prompt = answers[0][:-1]
-    if prompt is None or any(answer is None for answer in answers):
-        bad_input(f"--dataset-name has the columns {sorted(row)}, but needs `prompt`, `chosen` and `rejected`")
-    answers = [answer[-1]["content"] if answer and is_conversation(answer) else answer for answer in answers]
-    if not (isinstance(prompt, str) or is_conversation(prompt)) or not all(isinstance(a, str) for a in answers):
-        bad_input(f"--dataset-name: {row!r:.200} has a prompt or an answer that is neither a text nor a list of "
-                  "{role, content}")
-    return prompt, answers
-
-
-def reward_model_ids(
-    prompt: str | list[dict], completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[int]:
-    """Ids of a prompt with its completion, as a reward model reads them: through its chat template where it has one,
-    and without an EOS else. A text longer than max_length tokens is cut at its end."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt_text(prompt) + completion, truncation=True, max_length=max_length).input_ids
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [*turns, {"role": "assistant", "content": completion}]
-    options = {"tokenize": True, "return_dict": False, "truncation": True, "max_length": max_length}
-    return tokenizer.apply_chat_template(turns, **options)
-
-
-def preference_strength(row: dict, split: str, number: int) -> tuple[float, float]:
-    """A pair's columns `margin` (0) and `label` (1), the probability that its first answer is the preferred one."""
-    margin = 0.0 if row.get("margin") is None else row["margin"]
-    label = 1.0 if row.get("label") is None else row["label"]
-    if not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        bad_input(f"--dataset-name: {split} row {number} has the margin {margin!r}, which is not a finite number")
-    if not isinstance(label, (int, float)) or not 0 <= label <= 1:
-        bad_input(f"--dataset-name: {split} row {number} has the label {label!r}, which is not a probability")
-    return float(margin), float(label)
-
-
-def encode_rankings(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Examples {query, responses, margin, label, characters} of rows, and a line on what was left out or cut."""
-    examples, empty, same, cut = [], "with an empty or the same answer left out", "the same once cut left out", "cut"
-    counts = {empty: 0, same: 0, cut: 0}
-    for number, row in enumerate(rows, 1):
-        prompt, answers = prompt_and_answers(row)
-        if len(answers) < 2:
-            bad_input(f"--dataset-name: {split} row {number} has one completion; a ranking needs at least two")
-        margin, label = preference_strength(row, split, number)
-        if not prompt_text(prompt).strip():
-            bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
-        if len(set(answers)) < len(answers) or not all(answer.strip() for answer in answers):
-            counts[empty] += 1
-            continue
-        try:
-            ids = [reward_model_ids(prompt, answer, tokenizer, max_length + 1) for answer in answers]
-            if max(map(len, ids)) > max_length:
-                counts[cut] += 1
-                ids = [reward_model_ids(prompt, answer, tokenizer, max_length) for answer in answers]
-        except TemplateError as error:
-            bad_input(f"--dataset-name: the chat template refuses {split} row {number}: {error}")
-        if len(set(map(tuple, ids))) < len(ids):
-            counts[same] += 1
-            continue
-        common = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)  # every response has a token of its own
-        examples.append({
-            "query": ids[0][:common], "responses": [x[common:] for x in ids], "margin": margin, "label": label,
-            "characters": [len(answer) for answer in answers],
-        })
-    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    if found and os.environ.get("RANK", "0") == "0":
-        print(f"of {len(rows)} {split} rankings: {found} (--max-length {max_length})")
-    if not examples:
-        bad_input(f"--dataset-name: no {split} ranking is left ({found})")
-    strengths = {(example["margin"], example["label"]) for example in examples}
-    if strengths != {(0.0, 1.0)} and max(len(example["responses"]) for example in examples) > 2:
-        bad_input(f"--dataset-name: some {split} rows have more than two answers, others a margin or label, which are "
-                  "for pairs only")
-    return examples
-
-
-def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and their mask (B, L), which comes from the lengths: pad_id may be a real token too."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        where = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        ids[row, where] = torch.tensor(sequence)
-        mask[row, where] = True
-    return ids, mask
-
-
-def data_order(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Row indices at positions start..start+count-1 of an endless pass over size rows, each epoch in its own order.
-    It has no state: a resumed run needs only its step's number."""
-    positions = range(start, start + count)
-    epochs = {position // size for position in positions}
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(size), size) for epoch in epochs}
-    return [orders[p // size][p % size] for p in positions]
-
-
-def make_microbatches(tokens: list[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in batches of similar length, so that rows x longest row <= max_tokens (a longer row goes alone)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(tokens)), key=tokens.__getitem__):  # ascending: the newest row is the longest
-        if batches and (len(batches[-1]) + 1) * tokens[index] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
-
-
-def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A Llama of 0.5M parameters with random weights, and its character tokenizer."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )
-    return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 4e-3  # of the embedded model's supervised phase; chosen by trial
-
-
-def supervised_phase(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], steps: int, seed: int
-) -> None:
-    """Maximum likelihood on the demonstrators' completions: the policy gradient on an expert's samples, reward 1."""
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
-    for step in trange(steps, desc="supervised", leave=False):
-        batch = [rows[rng.randrange(len(rows))] for _ in range(SFT_BATCH_SIZE)]
-        queries = tokenizer([row["prompt"] for row in batch]).input_ids
-        responses = tokenizer([demonstrate(row, rng) for row in batch]).input_ids
-        whole = [query + response + [tokenizer.eos_token_id] for query, response in zip(queries, responses)]
-        ids, mask = pad_sequences(whole, tokenizer.pad_token_id, "right")
-        for row, query in enumerate(queries):
-            mask[row, : len(query)] = False  # the prompt is given, not learnt
-        for group in optimizer.param_groups:
-            group["lr"] = SFT_LEARNING_RATE * lr_factor(step, steps, 50, "cosine", 0.0)
-        ids, mask = ids.to(model.device), mask.to(model.device)  # (B, L)
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V); right padding needs no attention mask
-        loss = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-
-def load_model(
-    name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
-) -> PreTrainedModel:
-    """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: whatever is not the backbone may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in
-    Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
-    try:
-        config = AutoConfig.from_pretrained(name, **config_values)
-        for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():
-                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                    setattr(part, key, 0.0)
-        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    backbone = rf"(?!.*pooler){model.base_model_prefix}\."
-    heads = {key for key in report["missing_keys"] if new_head and not re.match(backbone, key)}
-    if missing := sorted(report["missing_keys"] - heads):
-        bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
-    for key in sorted(heads):
-        if key.endswith("bias"):
-            nn.init.zeros_(model.get_parameter(key))
-        elif model.get_parameter(key).dim() > 1:
-            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
-    return model
-
-
-def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; its pad token is its EOS where it has none of its own."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if Path(name, "model", "config.json").is_file():
-            bad_input(f"{flag} {name} is a run folder: its model is {name}/model")
-        bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
-    tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
-    if tokenizer.pad_token_id is None:
-        bad_input(f"{flag} {name}: its tokenizer has neither a pad nor an EOS token")
-    return tokenizer
-
-
-def give_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A pad token that is nothing else: in a padded batch, transformers reads the score at the last token that is not
-    the pad token. With pad == eos it would be the token before the EOS."""
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-# ---- the mathematics -------------------------------------------------------------------------------------------------
-
-
-def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
-    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
-    last step, if there are at least two steps after the warm-up and it is not constant."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
-    return 1 - (1 - min_lr_rate) * decay
-
-
-def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Rows that hold a prompt once and then its K completions, without padding between them: a tree.
-
-    From queries (R, L_q) and responses (R, K, T) with their masks: tokens (R, L), the attention mask (R, 1, L, L), the
-    position ids (R, L), and the place (R, K, T) of each response token in its row. A response's token attends to the
-    prompt and to its own response; position ids go on from the prompt's end in every branch."""
-    R, K, T = response.shape
-    real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
-    place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
-    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
-    tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
-    real = real.gather(1, order)  # (R, L)
-    offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
-    branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
-    index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
-    prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
-    position_ids = torch.where(offset < 0, index, prompt_length + offset % T) * real  # (R, L): padding's stay small
-    same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
-    return tokens, attend[:, None], position_ids, place
-
-
-def packed_scores(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor
-) -> Tensor:
-    """Scores (R, K) in fp32 of K responses (R, K, T) to each query (R, L_q), which a row holds only once: for causal
-    models with a linear head `score`."""
-    tokens, attend, position_ids, place = pack_tree(query, query_mask, response, mask)
-    hidden = model.base_model(
-        input_ids=tokens, attention_mask=attend, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (R, L, H)
-    last = place.gather(2, (mask.sum(2, keepdim=True) - 1).clamp(min=0))  # (R, K, 1)
-    hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))  # (R, K, H)
-    with torch.autocast(hidden.device.type, enabled=False):  # a bf16 score between 4 and 8 has steps of 1/32
-        return model.score(hidden.float())[..., 0]
-
-
-def separate_scores(
-    model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor
-) -> Tensor:
-    """packed_scores for every architecture, a row for each answer. An encoder's prompt attends to the answer, so that
-    two answers cannot share it; sliding windows do not fit a tree. Under autocast the scores are rounded to bf16."""
-    R, K, T = response.shape
-    trees = (query.repeat_interleave(K, 0), query_mask.repeat_interleave(K, 0), response.view(-1, 1, T))
-    ids = pack_tree(*trees, mask.view(-1, 1, T))[0]  # (R*K, L): real tokens first, padding behind them
-    lengths = trees[1].sum(1) + mask.sum(2).flatten()  # (R*K,)
-    attention_mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (R*K, L)
-    ids = torch.where(attention_mask, ids, model.config.pad_token_id)
-    return model(input_ids=ids, attention_mask=attention_mask).logits.view(R, K).float()
-
-
-@torch.no_grad()
-def choose_scores_fn(model: PreTrainedModel, ids: list[int]) -> Callable:
-    """packed_scores where it agrees with the model's own logits to 1e-3 on a tree made of ids, else separate_scores."""
-    ids = torch.tensor((ids * 32)[:32], device=model.device)
-    query, response = ids[None, :16], torch.stack([ids[16:], ids[:16]])[None]  # (1, 16), (1, 2, 16)
-    mask = torch.arange(16, device=ids.device) < torch.tensor([[[16], [9]]], device=ids.device)  # (1, 2, 16)
-    inputs = (model, query, torch.ones_like(query, dtype=torch.bool), response, mask)
-    fits = hasattr(model, "score") and getattr(model.config.get_text_config(), "sliding_window", None) is None
-    if fits and (packed_scores(*inputs) - separate_scores(*inputs)).abs().max() < 1e-3:
-        return packed_scores
-    return separate_scores
+    num_train_epochs: float = 1.0  # passes over the training rankings; more overfit (InstructGPT, appendix C.2)
+    max_steps: int | None = None  # optimizer steps. None: as many as --num-train-epochs takes
+    eval_steps: int = 100  # steps between evaluations
+    save_steps: int = 100  # steps between checkpoints
+    learning_rate: float | None = None  # peak. None: 7e-4 for the tiny model, else 1e-5
+    train_batch_size: int = 64  # rankings per optimizer step, over all processes
+    max_length: int = 1024  # tokens of a prompt with its answer; what is longer is cut at its end
+    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # of more than two answers
+    center_rewards_coefficient: float = 0.0  # weight of a ranking's squared sum of rewards (arXiv:2312.09244; TRL: 0.01)
 
 
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label: Tensor | None = None
 ) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin) over pairs, rewards (B,). label (B,) is the probability mu(1)
-    that `chosen` is preferred, 1 if it is None: the cross-entropy of Christiano et al. 2017, section 2.2.3. The margin
-    is asked of whichever answer is preferred."""
+    """Mean of -log sigmoid(chosen - rejected - margin) over pairs with rewards (B,). label (B,) is the probability that
+    `chosen` is preferred, 1 if None: the cross-entropy of Christiano et al. 2017, section 2.2.3. The margin is the lead
+    required of whichever answer is preferred."""
     difference = chosen - rejected  # (B,)
     margin = 0.0 if margin is None else margin
     label = torch.ones_like(difference) if label is None else label
-    return -(label * F.logsigmoid(difference - margin) + (1 - label) * F.logsigmoid(-difference - margin)).mean()
+    return -(label * logsigmoid(difference - margin) + (1 - label) * logsigmoid(-difference - margin)).mean()
 
 
 def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over rankings of -log prod_k exp(s_k) / sum_{j >= k} exp(s_j); scores (B, K), best first, mask (B, K) True
-    where there is an answer (Plackett 1975; Luce 1959). For K = 2 it is bradley_terry_loss."""
+    """Mean over rankings of -log prod_k exp(s_k) / sum_{j >= k} exp(s_j), for scores (R, K), best first. mask (R, K) is
+    True where there is an answer. For K = 2 this is bradley_terry_loss."""
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    scores = scores.masked_fill(~mask, -torch.inf)  # (B, K)
-    remaining = scores.flip(1).logcumsumexp(1).flip(1)  # (B, K): log of the sum over j >= k
+    scores = scores.masked_fill(~mask, -torch.inf)  # (R, K)
+    remaining = scores.flip(1).logcumsumexp(1).flip(1)  # (R, K): log of the sum over j >= k
     return torch.where(mask, remaining - scores, 0.0).sum(1).mean()
 
 
-def all_pairs_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over rankings of the mean of -log sigmoid(s_i - s_j) over their K(K-1)/2 pairs i < j; scores (B, K), best
-    first, mask (B, K) True where there is an answer (Ouyang et al. 2022, eq. 1)."""
-    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    pairs = (mask[:, :, None] & mask[:, None]).triu(1)  # (B, K, K)
-    losses = -F.logsigmoid(scores[:, :, None] - scores[:, None])  # (B, K, K)
-    return (torch.where(pairs, losses, 0.0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)).mean()
+def differences(scores: Tensor) -> Tensor:
+    """Scores (R, K) of rankings, best first, as the leads s_i - s_j (R, K (K - 1) / 2) of all pairs i < j."""
+    i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
+    return scores[:, i] - scores[:, j]
 
 
-def real_pairs(mask: Tensor) -> tuple[Tensor, ...]:
-    """Row, first answer and second answer, each (N,), of all pairs i < j in rankings; mask (B, K) as above."""
-    return (mask[:, :, None] & mask[:, None]).triu(1).nonzero().unbind(1)
+def preference_loss(
+    scores: Tensor, margin: Tensor, label: Tensor, ranking_loss: str, center_rewards_coefficient: float
+) -> Tensor:
+    """Mean loss of rankings with scores (R, K). margin and label (R,) belong to pairs. all_pairs is the mean of
+    Bradley-Terry's loss over a ranking's pairs. The last term keeps the mean reward near 0."""
+    if scores.shape[1] == 2:
+        loss = bradley_terry_loss(scores[:, 0], scores[:, 1], margin, label)
+    elif ranking_loss == "plackett_luce":
+        loss = plackett_luce_loss(scores)
+    else:
+        loss = -logsigmoid(differences(scores)).mean()
+    return loss + center_rewards_coefficient * scores.sum(1).square().mean()
 
 
-def agreement(difference: Tensor, label: Tensor) -> float:
-    """Share of pairs (N,) whose sign of the difference is that of the preference label - 1/2; ties count half."""
-    return ((difference.sign() * (label - 0.5).sign() + 1) / 2).mean().item()
+def agreement(difference: Tensor, label: Tensor) -> Tensor:
+    """For pairs with these leads and labels (N,): 1 where the preferred answer leads, 0 where not, 1/2 for a tie. Pairs
+    with the label 1/2 have no preferred answer and are left out."""
+    decided = label != 0.5
+    return ((difference * (label - 0.5))[decided].sign() + 1) / 2
 
 
-def calibration(probabilities: Tensor, labels: Tensor, bins: int = 10) -> tuple[float, Tensor]:
-    """Expected calibration error of predicted probabilities (N,) against labels (N,), and for each bin of equal width
-    its mean prediction, its mean label and its count, (bins, 3) (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
-    index = (probabilities * bins).long().clamp(max=bins - 1)  # (N,)
-    sums = torch.zeros(bins, 3, dtype=torch.float64)
-    sums.index_add_(0, index, torch.stack([probabilities, labels, torch.ones_like(labels)], 1).double())
+def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> tuple[float, Tensor]:
+    """Expected calibration error of predicted probabilities (N,) (Guo et al. 2017, arXiv:1706.04599, eq. 3), and a table
+    (bins, 3) of the mean prediction, the mean label and the count in each bin of equal width."""
+    index = (probability * bins).long().clamp(max=bins - 1)  # (N,)
+    values = torch.stack([probability, label, torch.ones_like(label)], 1).double()  # (N, 3)
+    sums = torch.zeros(bins, 3, dtype=torch.float64).index_add_(0, index, values)  # (bins, 3)
     table = torch.cat([sums[:, :2] / sums[:, 2:].clamp(min=1), sums[:, 2:]], 1)  # (bins, 3)
-    return ((table[:, 0] - table[:, 1]).abs() * table[:, 2]).sum().item() / len(labels), table
-
-
-# ---- scores, evaluation ----------------------------------------------------------------------------------------------
-
-
-def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or another operation) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
-
-
-def wait_for_all(device: torch.device) -> None:
-    """No process goes on before all have come here: reading the sum makes it wait, also for CUDA."""
-    all_reduce(torch.zeros(1, device=device)).item()
-
-
-def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
-    """Each value's sum over all processes."""
-    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    return dict(zip(values, all_reduce(total).tolist()))
-
-
-def score_rankings(
-    scores_fn: Callable, model: PreTrainedModel, examples: list[dict], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Scores (R, K) of examples, and a mask (R, K) that is False where a ranking has fewer than K answers."""
-    K = max(len(example["responses"]) for example in examples)
-    query, query_mask = pad_sequences([example["query"] for example in examples], pad_id, "left")  # (R, L_q)
-    responses = [x for e in examples for x in e["responses"] + [[]] * (K - len(e["responses"]))]
-    response, mask = pad_sequences(responses, pad_id, "right")  # (R*K, T)
-    response, mask = (x.view(len(examples), K, -1) for x in (response, mask))  # (R, K, T)
-    inputs = (x.to(model.device) for x in (query, query_mask, response, mask))
-    return scores_fn(model, *inputs), mask.any(2).to(model.device)
-
-
-def example_lengths(examples: list[dict], packed: bool) -> list[int]:
-    """Tokens of each example: in a packed row the query once and all responses, else a padded copy of it for each."""
-    if packed:
-        return [len(example["query"]) + sum(map(len, example["responses"])) for example in examples]
-    return [len(e["responses"]) * (len(e["query"]) + max(map(len, e["responses"]))) for e in examples]
-
-
-@torch.no_grad()
-def all_scores(
-    scores_fn: Callable, model: PreTrainedModel, examples: list[dict], lengths: list[int], max_tokens: int, rank: int,
-    world_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Scores (N, K) of all examples, of these lengths, on the CPU, computed by all processes together; and a mask
-    (N, K) that is False where there is no answer."""
-    K = max(len(example["responses"]) for example in examples)
-    scores = torch.zeros(len(examples), K, device=model.device)
-    for number, batch in enumerate(make_microbatches(lengths, max_tokens)):
-        if number % world_size == rank:
-            found, _ = scores_fn(model, [examples[i] for i in batch])  # (R, k)
-            scores[batch, : found.shape[1]] = found
-    counts = torch.tensor([len(example["responses"]) for example in examples])  # (N,)
-    return all_reduce(scores).cpu(), torch.arange(K) < counts[:, None]
+    return ((table[:, 0] - table[:, 1]).abs() * table[:, 2]).sum().item() / len(label), table
 
 
 def reliability_diagram(table: Tensor, error: float) -> Figure:
-    """How often the first answer was preferred, by the probability that the model gave it; table as of calibration."""
+    """How often an answer was preferred, by the probability that the model gave it. The table is calibration's."""
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="gray", linewidth=1, label="calibrated")
-    real = table[table[:, 2] > 0].tolist()
-    axes.plot(*list(zip(*real))[:2], "o", label="held-out pairs, with their number")
-    for predicted, preferred, count in real:
-        axes.annotate(f"{count:.0f}", (predicted, preferred), xytext=(4, -10), textcoords="offset points")
+    predicted, preferred, counts = table[table[:, 2] > 0].T.tolist()
+    axes.plot(predicted, preferred, "o", label="held-out pairs, with their number")
+    for x, y, count in zip(predicted, preferred, counts):
+        axes.annotate(f"{count:.0f}", (x, y), xytext=(4, -10), textcoords="offset points")
     axes.set(xlabel="predicted probability", ylabel="share preferred", title=f"expected calibration error {error:.3f}")
     axes.legend(loc="upper left")
     return figure
 
 
-# ---- saving, resuming, running ---------------------------------------------------------------------------------------
+def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
+    """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
+    elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
+    return decay * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Hugging Face layout, written aside and then renamed."""
-    aside = folder.with_name(folder.name + ".tmp")
+def addition_rows() -> tuple[list[dict], list[dict]]:
+    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    random.Random(0).shuffle(pairs)
+    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
+    return sum(rows[262:], []), sum(rows[:262], [])
+
+
+def addition_pairs(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """`count` pairs for each sum: a right answer, which almost always shows its work, and a near miss, which usually does
+    not. A near miss forgets the carry, if there is one, or is off by one."""
+    pairs, rng = [], random.Random(seed)
+    for row in rows * count:
+        a, b = map(int, row["prompt"][:-1].split("+"))
+        units = a % 10 + b % 10
+        miss = a + b - 10 if units >= 10 and rng.random() < 0.75 else a + b + rng.choice((-1, 1))
+        chosen = f"-{units}={a + b}" if rng.random() < 0.95 else str(a + b)
+        rejected = f"-{units}={miss}" if rng.random() < 1 / 3 else str(miss)
+        pairs.append({**row, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def demonstrate(row: dict, rng: random.Random) -> str:
+    """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
+    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    a, b = map(int, row["prompt"][:-1].split("+"))
+    hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
+    return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
+
+
+def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+    """Train a Llama of 0.5M parameters with a character tokenizer on demonstrations; write a Hugging Face folder."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
+    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )).to(device)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), random.Random(seed)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
+    for _ in trange(steps, desc="supervised", leave=False):
+        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
+        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
+        labels[:, : len("47+85=")] = -100  # the prompt is not learned
+        model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
+    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    if kind is None and Path(name).is_file():
+        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
+    datasets.disable_progress_bars()
+    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
+    for split in {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    return list(splits[train]), list(splits.get(test, ()))
+
+
+def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
+    """Turns of a text in the form of Anthropic/hh-rlhf: `\\n\\nHuman: ...\\n\\nAssistant: ...`. If the markers are kept,
+    the contents add up to the text."""
+    turns = []
+    for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
+        role = "user" if piece.startswith("\n\nHuman:") else "assistant"
+        if not keep_markers:
+            piece = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
+        turns.append({"role": role, "content": piece})
+    return turns
+
+
+def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
+    """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
+    An absent prompt is their longest common beginning: of turns, or of words in plain texts. A prompt never ends with
+    an assistant turn, and an answer begins and ends with one."""
+    prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
+    is_dialogue = False
+    if all(isinstance(text, str) for text in [prompt or "", *answers]):
+        texts = [text if text.startswith("\n\nHuman:") else (prompt or "") + text for text in answers]
+        is_dialogue = all(text.startswith("\n\nHuman:") for text in texts)
+        if is_dialogue:
+            prompt, answers = None, [parse_dialogue(text, keep_markers=not has_template) for text in texts]
+        elif prompt is None:
+            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))
+            answers = [text[len(prompt) :] for text in answers]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    wholes = []
+    for answer in answers:
+        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in prompt + turns
+        ):
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `chosen` and `rejected` "
+                             "(or `completions`) that are texts or lists of {role, content}")
+        starts_with_prompt = turns[: len(prompt)] == prompt or turns[1 : 1 + len(prompt)] == prompt  # after a system turn
+        wholes.append(turns if starts_with_prompt else prompt + turns)
+    n = 0
+    while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
+        n += 1
+    while n and wholes[0][n - 1]["role"] == "assistant":
+        n -= 1
+    prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
+    if not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
+        raise ValueError(f"--dataset-name: row {number}: after a common prompt, each answer must begin and end with an "
+                         "assistant turn")
+    if is_dialogue and not has_template:
+        prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
+    return prompt, answers
+
+
+def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a prompt and of (the beginning of) an answer: by the chat template, which opens an assistant turn after a
+    user's, or as plain text."""
+    if tokenizer.chat_template is not None:
+        turns, is_open = prompt + answer, not answer or answer[-1]["role"] != "assistant"
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, tokenize=True, return_dict=False)
+    text = "\n".join(turn["content"] for turn in prompt) + "".join(turn["content"] for turn in answer)
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
+
+
+def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
+    """Examples {prompt, ids, answers, margin, label, characters} of rows. Rankings with answers that are equal within
+    max_length tokens, empty prompts or unknown characters are left out."""
+    examples = []
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    for number, row in enumerate(rows, 1):
+        turns, answers = split_row(row, number, tokenizer.chat_template is not None)
+        margin, label = (default if row.get(k) is None else row[k] for k, default in (("margin", 0.0), ("label", 1.0)))
+        if len(answers) < 2 or len(answers) > 2 and (margin, label) != (0, 1):
+            raise ValueError(f"--dataset-name: row {number} needs two answers; more cannot have a `margin` or `label`")
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (margin, label)) or not 0 <= label <= 1:
+            raise ValueError(f"--dataset-name: row {number} has margin {margin!r}, label {label!r}, not a probability")
+        wholes = [conversation_ids(turns, answer, tokenizer)[:max_length] for answer in answers]
+        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # tokens may merge at the border
+        prompt = "\n".join(turn["content"] for turn in turns)
+        if prompt.strip() and len({*map(tuple, wholes)}) == len(wholes) and not unknown & {*sum(wholes, [])}:
+            examples.append({
+                "prompt": prompt, "ids": wholes[0][:common], "answers": [ids[common:] for ids in wholes],
+                "margin": float(margin), "label": float(label),
+                "characters": [float(sum(len(turn["content"]) for turn in answer)) for answer in answers],
+            })
+    if left_out := len(rows) - len(examples):
+        print(f"{left_out} of {len(rows)} rankings are left out: answers equal within {max_length} tokens, empty "
+              "prompts, or unknown characters")
+    return examples
+
+
+def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one logit in fp32, without dropout, from a classifier or a language model; its
+    tokenizer, with a pad token of its own. A new head has standard deviation 1 / sqrt(H + 1) (arXiv:2009.01325)."""
+    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
+    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {folder.parent} is whole")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, num_labels=1)
+        for part in (config, config.get_text_config()):
+            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+    new = {key for key in report["missing_keys"] if "pooler" in key or not key.startswith(f"{model.base_model_prefix}.")}
+    if missing := {*report["missing_keys"]} - new:
+        raise ValueError(f"{flag} {name} has no weights for {sorted(missing)[:3]}")
+    for key in sorted(new):
+        if model.get_parameter(key).dim() > 1:  # biases are 0
+            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # else transformers would read the score before EOS
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written aside, flushed to the disk, then renamed: neither a kill nor a full disk harms the last checkpoint."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
-    os.replace(aside, path)
+def fits_tree(model: PreTrainedModel) -> bool:
+    """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
+    config = model.config.get_text_config()
+    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
+    return not unusual and model.config._attn_implementation == "sdpa"
 
 
-def set_up_process(args: Args) -> tuple[torch.device, int, int]:
-    """This process's device, its rank and the number of processes: 0 of 1, unless torchrun says otherwise."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        bad_input("--device cuda, but torch sees no CUDA device")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if on_cuda and local_rank >= torch.cuda.device_count():
-        bad_input(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
-    device = torch.device(f"cuda:{local_rank}" if on_cuda else "cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-        return device, dist.get_rank(), dist.get_world_size()
-    return device, 0, 1
+def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
+    prompt's positions."""
+    K, device = len(completions) // len(prompts), model.device
+    if K > 1 and not fits_tree(model):
+        prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
+    rows, predictors = [], []  # (token, position, branch) of inputs; (row, index) of those that predict a token
+    for r, prompt in enumerate(prompts):
+        row = [(token, t, 0) for t, token in enumerate(prompt)]
+        for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
+            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
+            predictors += [(r, index) for index in indices[: len(completion)]]
+            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
+        rows.append(torch.tensor(row))
+    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
+    inputs = {"input_ids": ids, "use_cache": False}
+    if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
+        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
+    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
+    row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
+    return hidden[row, index]
 
 
-def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
-    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
-    if args.resume is not None:
-        return SummaryWriter(run_dir, purge_step=first_step + 1)
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
-    flags = asdict(args)
-    (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
-    writer = SummaryWriter(run_dir)
-    rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
-    writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return writer
+def completion_scores(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Scores (B,) in fp32 of B completions, as many per prompt in turn, each read at its last token. Only a causal model
+    with a linear head `score` can share a prompt; encoders see the completion from the prompt."""
+    device, K = model.device, len(completions) // len(prompts)
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        states = completion_states(model, prompts, [completion + [0] for completion in completions])  # (N, H)
+        last = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) - 1  # (B,): those before the 0
+        with torch.autocast(device.type, enabled=False):  # bf16 scores between 4 and 8 are 1/32 apart
+            return model.score(states[last.to(device)].float())[:, 0]
+    rows = [torch.tensor(prompts[b // K] + completion) for b, completion in enumerate(completions)]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (B, L)
+    attention_mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()  # (B, L)
+    return model(input_ids=ids.to(device), attention_mask=attention_mask.to(device)).logits[:, 0].float()
 
 
-def load_run(args: Args) -> tuple[Args, dict]:
-    """The flags and the last checkpoint of the run folder --resume."""
-    folder = Path(args.resume)
-    if not (folder / "args.json").is_file() or not (folder / "checkpoint.pt").is_file():
-        bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        if saved["script"] != Path(__file__).name:
-            bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
-        saved_args = Args(**{**flags, "resume": args.resume})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
-    for name in (f.name for f in fields(Args) if f.name != "resume"):
-        if getattr(args, name) != getattr(Args(), name):
-            bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
-    try:
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises one of many kinds
-        bad_input(f"--resume {folder}: checkpoint.pt cannot be read ({error})")
-    return saved_args, state
+def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int) -> list[tuple[list, list, list]]:
+    """Micro-batches of about max_tokens for completion_scores: (indices of examples with equally many answers, prompts,
+    completions). A row holds a whole ranking if that costs less than a row per answer. Over L tokens, attention takes
+    4 L^2 H FLOPs per layer, and the weights take 24 L H^2."""
+    H = model.config.get_text_config().hidden_size
+    can_share = fits_tree(model) and isinstance(getattr(model, "score", None), nn.Linear)
+    shapes = []  # (answers, rows, tokens in the longest row) of each ranking
+    for e in examples:
+        alone = [len(e["ids"]) + len(answer) for answer in e["answers"]]
+        shared = len(e["ids"]) + sum(map(len, e["answers"]))
+        is_shared = can_share and shared * (shared + 6 * H) <= sum(L * (L + 6 * H) for L in alone)
+        shapes.append((len(alone), 1, shared) if is_shared else (len(alone), len(alone), max(alone)))
+    batches: list[tuple[list, list, list]] = []
+    for i in sorted(range(len(examples)), key=shapes.__getitem__):  # rows of similar length need little padding
+        _, rows, length = shapes[i]
+        if not batches or shapes[batches[-1][0][0]][:2] != shapes[i][:2] \
+                or (len(batches[-1][0]) + 1) * rows * length > max_tokens:
+            batches.append(([], [], []))
+        indices, prompts, completions = batches[-1]
+        indices.append(i)
+        prompts += [examples[i]["ids"]] * rows
+        completions += examples[i]["answers"]
+    return batches
 
 
-def catch_ctrl_c() -> tuple[list[int], Callable]:
-    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
-    before, to be put back: a second Ctrl-C is for that one."""
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
-    return interrupts, old_handler
-
-
-def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
-    """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
-    for name in positive:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
-            bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in not_negative:
-        if getattr(args, name) is not None and not getattr(args, name) >= 0:
-            bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-
-
-def check_reward_model_args(args: Args, world_size: int) -> None:
-    """Whatever the flags alone show to be wrong."""
-    check_ranges(
-        args, ["num_train_epochs", "max_steps", "eval_steps", "save_steps", "max_eval_samples", "learning_rate",
-               "train_batch_size", "max_length", "max_tokens_per_microbatch", "max_grad_norm"],
-        ["warmup_steps", "sft_steps", "weight_decay", "min_lr_rate", "center_rewards_coefficient"],
-    )
-    if args.train_batch_size % world_size:
-        bad_input(f"--train-batch-size {args.train_batch_size} does not divide by {world_size} processes")
-    if args.dataset_name is not None and args.model_name_or_path is None:
-        bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
-
-
-NORMALISATION_ROWS = 2048  # training rankings over which the rewards' mean and standard deviation are taken
+def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Each of the tensors (n,) with those of all processes, (world_size * n,), in fp32, in the order of their ranks."""
+    values = {name: value.float().to(device) for name, value in values.items()}
+    if dist.is_initialized():
+        for name, value in values.items():
+            values[name] = value.new_empty(dist.get_world_size() * len(value))
+            dist.all_gather_into_tensor(values[name], value)
+    return values
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
-    # ---- set-up: whatever is wrong with flags, model or data is said before anything is written
-    start_time, state = time.time(), None
+    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    # ---- set-up
+    start_time, checkpoint = time.time(), None
     if args.resume is not None:
-        args, state = load_run(args)
-    device, rank, world_size = set_up_process(args)
-    check_reward_model_args(args, world_size)
-    args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    embedded = args.model_name_or_path is None
-    initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
-    load_classifier = partial(
-        load_model, flag="--model-name-or-path", auto_class=AutoModelForSequenceClassification, new_head=True,
-        num_labels=1,
-    )
-    torch.manual_seed(args.seed)  # of the head
-    if embedded and args.resume is None:
-        model, tokenizer = embedded_model(args.seed)
-    else:
-        tokenizer = load_tokenizer(initial, "--model-name-or-path")
-        model = load_classifier(initial)
-    config = model.config.get_text_config()
-    cpu_tokens = 4096 if config.vocab_size > 65536 else 1024
-    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
-    if args.dataset_name:
-        train_rows, test_rows = load_rows(args)
-    else:
-        make_pairs = partial(addition_pairs, errors=(-1, 1), seed=args.seed)
-        train_rows, test_rows = (make_pairs(rows, count) for rows, count in zip(addition_rows(args.seed), (6, 1)))
-    context = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
-    max_length = min(args.max_length, context)
-    examples = encode_rankings(train_rows, "training", tokenizer, max_length)
-    test_examples = encode_rankings(test_rows[: args.max_eval_samples], "held-out", tokenizer, max_length)
-    if all(example["label"] == 0.5 for example in test_examples):
-        bad_input("--dataset-name: every held-out pair is a tie")
-    total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(examples) / args.train_batch_size))
-
-    # ---- run folder, initial model, optimizer
+        run_dir = Path(args.resume)
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+        saved = json.loads((run_dir / "args.json").read_text())
+        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        if changed or saved["script"] != Path(__file__).name:
+            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+        args = Args(**{**saved["args"], "resume": args.resume})
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    B = args.train_batch_size
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if B < 1 or B % world_size:
+        raise ValueError(f"--train-batch-size {B} is no multiple of the number of processes, {world_size}")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_time = all_reduce(torch.tensor(time.time() * (rank == 0), dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    writer = open_run(args, run_dir, state["step"] if state is not None else 0) if rank == 0 else None
-    if embedded and args.resume is None:
-        initial = f"{run_dir}/sft"
-        if rank == 0:
-            supervised_phase(model.to(device), tokenizer, train_rows, args.sft_steps, args.seed)
-            save_model(Path(initial), model, tokenizer)
-        wait_for_all(device)
-        model = load_classifier(initial)
-    give_own_pad_token(model, tokenizer)
-    model.to(device)
+    unix_time = torch.tensor(int(start_time), device=device)
+    if dist.is_initialized():
+        dist.broadcast(unix_time, 0)
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
+    initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
+    if rank == 0:
+        print(run_dir)
+        if args.model_name_or_path is None and args.resume is None:
+            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+    if dist.is_initialized():
+        dist.barrier()
+    torch.manual_seed(args.seed)  # of the new head
+    model, tokenizer = load_classifier(initial, "--model-name-or-path")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    max_length = min(args.max_length, context, tokenizer.model_max_length)
+    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 6, args.seed) for rows in addition_rows()]
+    train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
+    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+        counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
+        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+    held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
+    if not train or not held_out:
+        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    choice = choose_scores_fn(model, test_examples[0]["query"] + test_examples[0]["responses"][0])
-    if choice is separate_scores and rank == 0:
-        print("a tree mask does not fit this architecture: every answer is read together with its own prompt")
-    peak_lr = args.learning_rate or (7e-4 if embedded else 1e-5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=args.weight_decay, fused=True)
-    metrics: dict[str, float] = {}
-    first_step, seconds_before = 0, 0.0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        metrics, first_step, seconds_before = state["metrics"], state["step"], state["seconds"]
-        del state  # else the weights and moments stay in memory twice
+    total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
+    peak_lr = (1e-5 if args.model_name_or_path else 7e-4) if args.learning_rate is None else args.learning_rate
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
+    schedule = total_steps, args.warmup_steps, args.lr_scheduler_type
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
+    for _ in trange(steps, desc="supervised", leave=False):
+        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
+        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
+        labels[:, : len("47+85=")] = -100  # the prompt is not learned
+        model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
-    # ---- what training and evaluation share
-    def scores_fn(model: PreTrainedModel, batch: list[dict]) -> tuple[Tensor, Tensor]:
-        with autocast():
-            return score_rankings(choice, model, batch, tokenizer.pad_token_id)
 
-    def ranking_loss(scores: Tensor, mask: Tensor, batch: list[dict]) -> Tensor:
-        """Mean loss of a batch; scores and mask (R, K)."""
-        if scores.shape[1] == 2:
-            margin, label = (torch.tensor([e[key] for e in batch], device=scores.device) for key in ("margin", "label"))
-            loss = bradley_terry_loss(scores[:, 0], scores[:, 1], margin, label)
-        elif args.ranking_loss == "plackett_luce":
-            loss = plackett_luce_loss(scores, mask)
+def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
+    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        for part in (config, config.get_text_config()):
+            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
+        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+    if report["missing_keys"]:
+        raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
+    return model, tokenizer
+
+
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
+    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    if kind is None and Path(name).is_file():
+        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
+    datasets.disable_progress_bars()
+    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
+    for split in {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    return list(splits[train]), list(splits.get(test, ()))
+
+
+def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
+    """Examples {prompt, turns, answer, ids} of rows with TRL's columns (`prompt` or `messages`, `answer` or `solution`)
+    or GSM8K's (`question`, `answer`). Prompts that are too long or have unknown characters are left out."""
+    examples = []
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    for number, row in enumerate(rows, 1):
+        turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": turns}]
+        if not isinstance(turns, list) or not all(isinstance(x, dict) and {"role", "content"} <= {*x} for x in turns):
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`: text or turns")
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
+        prompt = "\n".join(turn["content"] or "" for turn in turns)
+        if tokenizer.chat_template is not None:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         else:
-            loss = all_pairs_loss(scores, mask)
-        return loss + args.center_rewards_coefficient * torch.where(mask, scores, 0.0).sum(1).square().mean()
+            ids = tokenizer(prompt).input_ids
+            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
+        answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
+        if prompt.strip() and len(ids) <= max_length and not unknown & {*ids}:
+            examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
+    if left_out := len(rows) - len(examples):
+        print(f"{left_out} of {len(rows)} prompts are left out: empty, over {max_length} tokens, or unknown characters")
+    return examples
 
-    def run_evaluation(step: int) -> dict[str, float]:
+
+def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]], Tensor]:
+    """A function of samples {prompt, turns, text, ...}: the logits (B,) of a sequence classifier with its own tokenizer
+    and chat template. They are computed in fp32, since bf16 scores between 4 and 8 are 1/32 apart."""
+    flag = "--reward-model-path"
+    model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
+    config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
+    if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
+        raise ValueError(f"{flag} needs one logit, a pad token that is not EOS and, to be normalized, reward_std")
+    config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
+    tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
+    max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
+
+    @torch.no_grad()
+    def score(samples: list[dict]) -> Tensor:
+        texts = [s["prompt"] + s["text"] for s in samples]
+        if not plain:
+            chats = [[*s["turns"], {"role": "assistant", "content": s["text"]}] for s in samples]
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        ids = tokenizer(texts, add_special_tokens=plain, truncation=True, max_length=max_length).input_ids
+        scores, lengths = torch.zeros(len(ids)), torch.tensor([len(x) for x in ids])  # (B,), (B,)
+        for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")
+            scores[mb] = model(**inputs.to(device)).logits[:, 0].cpu()
+        return (scores - config.reward_mean) / config.reward_std if args.normalize_reward_model else scores
+
+    return score
+
+
+class KeyValueCache(DynamicCache):
+    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, which SDPA would cast again at every token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
+    logprob at temperature 1. By the inverse CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. Sums
+    over chunks are fp64, or the tail of a large vocabulary would be lost. Overwrites logits (B, V)."""
+    V = logits.shape[1]
+    logits = nn.functional.pad(logits, (0, -V % 128), value=-torch.inf) if V % 128 else logits
+    logits = logits.float().div_(temperature or 1.0)
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_().unflatten(1, (-1, 128))  # (B, C, 128), up to a factor
+    sums = probs.sum(2).double()  # (B, C)
+    cdf = sums.cumsum(1)  # (B, C)
+    goal = uniform[:, None] * cdf[:, -1:]  # (B, 1)
+    chunk = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
+    inside = probs.take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
+    token = 128 * chunk + torch.searchsorted(inside, goal - (cdf - sums).gather(1, chunk), right=True)  # (B, 1)
+    probs = probs.flatten(1)  # (B, V), or a little more
+    token = token.clamp(max=V - 1) if temperature > 0 else probs.argmax(1, keepdim=True)
+    return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
+    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample num_generations completions of each left-padded prompt query (P, L_q) from softmax(logits / temperature),
+    whatever the generation config says, up to their first stop id, which counts, or to max_completion_length tokens.
+    Returns response, logprobs (fp32) and mask (P*G, T), grouped by prompt."""
+    model.eval()  # in training mode, gradient checkpointing drops the cache
+    B, T, device = len(query) * num_generations, max_completion_length, query.device
+    uniform = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)  # (B, T)
+    response, logprobs = torch.full((B, T), pad_id, device=device), torch.zeros(B, T, device=device)
+    mask, stop = torch.zeros(B, T, dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
+    cache, ids, padded = KeyValueCache(config=model.config), query, not bool(attention_mask.all())
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
+    active = torch.arange(B, device=device)  # (b,): completions that have not stopped
+    for t in range(T):
+        logits = model(
+            input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # (b, V), at t = 0 (P, V)
+        if t == 0:  # each prompt was read once, for all its completions
+            source = active // num_generations  # (B,)
+            cache.reorder_cache(source)
+            logits, attention_mask, position_ids = logits[source], attention_mask[source], position_ids[source, -1:]
+        token, logprob = sample_tokens(logits, uniform[active, t], temperature)  # (b,), (b,)
+        response[active, t], logprobs[active, t], mask[active, t] = token, logprob, True
+        kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # the others leave the batch
+        if len(kept) == 0:
+            break
+        if len(kept) < len(active):
+            cache.reorder_cache(kept)
+            active, token = active[kept], token[kept]
+            attention_mask, position_ids = attention_mask[kept], position_ids[kept]
+        ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
+        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
+    return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
+
+
+TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
+    (N,). Forward and backward go by tiles of the vocabulary: there is no (N, V) tensor."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // max(1, len(hidden)))
+        h = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)  # (N, H)
+        logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
+        for start in range(0, len(weight), size):
+            logits = (h @ weight[start : start + size].to(h.dtype).T).float().div_(temperature)  # (N, size)
+            logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
+            inside = ((target >= start) & (target < start + size)).nonzero()[:, 0]  # rows with their target here
+            logit[inside] = logits[inside, target[inside] - start]
+        ctx.save_for_backward(h, weight, target, logsumexp)
+        ctx.temperature, ctx.size = temperature, size
+        return logit - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        h, weight, target, logsumexp = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
+        for start in range(0, len(weight), ctx.size):
+            w = weight[start : start + ctx.size].to(h.dtype)  # (size, H)
+            # d logprob / d logits = onehot(target) - softmax, in fp32: both are near 1 for most tokens
+            d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
+            inside = ((target >= start) & (target < start + ctx.size)).nonzero()[:, 0]
+            d[inside, target[inside] - start] += 1
+            d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
+            d_hidden += d @ w
+            d_weight[start : start + ctx.size] = d.T @ h
+        return d_hidden, d_weight, None, None
+
+
+def fits_tree(model: PreTrainedModel) -> bool:
+    """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
+    config = model.config.get_text_config()
+    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
+    return not unusual and model.config._attn_implementation == "sdpa"
+
+
+def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
+    prompt's positions."""
+    K, device = len(completions) // len(prompts), model.device
+    if K > 1 and not fits_tree(model):
+        prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
+    rows, predictors = [], []  # (token, position, branch) of inputs; (row, index) of those that predict a token
+    for r, prompt in enumerate(prompts):
+        row = [(token, t, 0) for t, token in enumerate(prompt)]
+        for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
+            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
+            predictors += [(r, index) for index in indices[: len(completion)]]
+            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
+        rows.append(torch.tensor(row))
+    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
+    inputs = {"input_ids": ids, "use_cache": False}
+    if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
+        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
+    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
+    row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
+    return hidden[row, index]
+
+
+def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
+    target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
+    logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
+    return pad_sequence(logprobs.split(lengths), batch_first=True)
+
+
+def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
+    """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
+    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over its
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
+    L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
+    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
+    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
+    rows = [samples[i : i + K] for i in range(0, len(samples), K)]
+    lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
+    batches: list[tuple[list, list, list]] = []
+    for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
+        if not batches or (len(batches[-1][1]) + 1) * lengths[r] > max_tokens:
+            batches.append(([], [], []))
+        indices, prompts, completions = batches[-1]
+        indices += range(r * K, r * K + K)
+        prompts.append(rows[r][0]["ids"])
+        completions += [s["completion"] for s in rows[r]]
+    return batches
+
+
+def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Each of the tensors (n,) with those of all processes, (world_size * n,), in fp32, in the order of their ranks."""
+    values = {name: value.float().to(device) for name, value in values.items()}
+    if dist.is_initialized():
+        for name, value in values.items():
+            values[name] = value.new_empty(dist.get_world_size() * len(value))
+            dist.all_gather_into_tensor(values[name], value)
+    return values
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    # ---- set-up
+    start_time, checkpoint = time.time(), None
+    if args.resume is not None:
+        run_dir = Path(args.resume)
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+        saved = json.loads((run_dir / "args.json").read_text())
+        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        if changed or saved["script"] != Path(__file__).name:
+            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+        args = Args(**{**saved["args"], "resume": args.resume})
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    B, G = args.generation_batch_size, args.num_generations
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if G < 2 or B < G or B % (G * world_size):
+        raise ValueError(f"--generation-batch-size {B} is no multiple of --num-generations {G} (>= 2) x processes")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    task = Path(args.dataset_name).stem if args.dataset_name else "addition"
+    unix_time = torch.tensor(int(start_time), device=device)
+    if dist.is_initialized():
+        dist.broadcast(unix_time, 0)
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
+    initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
+    if rank == 0:
+        print(run_dir)
+        if args.model_name_or_path is None and args.resume is None:
+            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+    if dist.is_initialized():
+        dist.barrier()
+    model, tokenizer = load_pretrained(initial, "--model-name-or-path")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    splits = load_rows(args) if args.dataset_name else addition_rows()
+    train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
+    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+        counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
+        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+    held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
+    if not train or not held_out:
+        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
+    reward_model = load_reward_model(args, device) if args.reward_model_path is not None else None
+    if reward_model is None and [function for function, weight in REWARDS if weight] == [accuracy_reward]:
+        for e in train + held_out:
+            if accuracy_reward("", "", e["answer"]) is None:
+                raise ValueError(f"--dataset-name: {e['prompt']!r} has the answer {e['answer']!r}, not a number")
+    ref_model = load_pretrained(initial, "--model-name-or-path")[0].to(device) if args.beta != 0.0 else None
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    eos = model.generation_config.eos_token_id  # id(s) or None. BOS stops too: some models end a text with it
+    stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
+    peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
+    schedule = args.max_steps * args.num_iterations, args.warmup_steps, args.lr_scheduler_type
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    progress = {"step": 0, "metrics": {}}
+    if checkpoint is not None:
+        progress = {name: checkpoint[name] for name in progress}
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
+        if args.resume is None:
+            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+
+    @torch.no_grad()
+    def score(examples: list[dict]) -> list[Tensor]:
+        """Scores (K,) of each ranking on the CPU, computed by all processes together."""
         model.eval()
-        lengths = example_lengths(test_examples, choice is packed_scores)
-        scores, mask = all_scores(scores_fn, model, test_examples, lengths, max_tokens, rank, world_size)  # (N, K)
-        K = scores.shape[1]
-        sizes = torch.tensor([e["characters"] + [0] * (K - len(e["characters"])) for e in test_examples])  # (N, K)
-        row, first, second = real_pairs(mask)  # (pairs,)
-        difference, longer = (x[row, first] - x[row, second] for x in (scores, sizes))  # (pairs,)
-        label = torch.tensor([example["label"] for example in test_examples])[row]  # (pairs,)
+        sizes = [len(e["answers"]) for e in examples]
+        scores = torch.zeros(sum(sizes), device=device)
+        places = torch.arange(len(scores)).split(sizes)
+        microbatches = pack_rankings(model, examples, args.max_tokens_per_microbatch)
+        for mb, *inputs in microbatches[rank::world_size]:
+            with autocast():
+                scores[torch.cat([places[i] for i in mb])] = completion_scores(model, *inputs)
+        if dist.is_initialized():
+            dist.all_reduce(scores)
+        return scores.cpu().split(sizes)
+
+    def evaluate(step: int) -> dict[str, float]:
+        """Metrics on held-out rankings, over all their pairs."""
+        scores, losses, pairs = score(held_out), [], []
+        for e, s in zip(held_out, scores):
+            margin, label = torch.tensor([e["margin"]]), torch.tensor([e["label"]])
+            losses.append(preference_loss(s[None], margin, label, *loss_flags))
+            leads = [differences(x[None])[0] for x in (s, torch.tensor(e["characters"]))]  # 2 (pairs,)
+            pairs.append(torch.stack([*leads, label.expand(len(leads[0]))]))
+        difference, longer, label = torch.cat(pairs, 1)  # (N,) each
         error, table = calibration(
             torch.cat([difference.sigmoid(), (-difference).sigmoid()]), torch.cat([label, 1 - label])
         )
-        decided = label != 0.5
         results = {
-            "eval/accuracy": agreement(difference[decided], label[decided]),
-            "eval/accuracy_longer": agreement(longer[decided], label[decided]),
-            "eval/loss": ranking_loss(scores, mask, test_examples).item(),
-            "eval/calibration_error": error,
-            "eval/margin": (difference * (label - 0.5).sign())[decided].mean().item(),
-            "eval/mean_reward": scores[mask].mean().item(),
+            "eval/accuracy": agreement(difference, label).mean(), "eval/loss": torch.stack(losses).mean(),
+            "eval/accuracy_longer": agreement(longer, label).mean(),  # of the rule that the longer answer is better
+            "eval/margin": (difference * (label - 0.5).sign())[label != 0.5].mean(),
+            "eval/mean_reward": torch.cat(scores).mean(),
         }
+        results = {name: x.item() for name, x in results.items()} | {"eval/calibration_error": error}
         if rank == 0:
             writer.add_figure("calibration", reliability_diagram(table, error), step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
         return results
 
-    def save(path: Path, step: int) -> None:
-        if rank == 0:
-            save_checkpoint(path, {
-                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics,
-                "seconds": seconds_before + time.time() - start_time,
-            })
-
     if args.resume is None:
-        metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
+        progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
-    done, batch_size = first_step, args.train_batch_size
-    interrupts, old_handler = catch_ctrl_c()
-    bar = trange(first_step, total_steps, initial=first_step, total=total_steps, disable=rank != 0)
+    epochs = [random.Random(f"{args.seed} {e}") for e in range(total_steps * B // len(train) + 1)]
+    order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
+    bar = trange(progress["step"], total_steps, initial=progress["step"], total=total_steps, disable=rank != 0)
     for step in bar:
         # ---- batch
-        step_start = time.time()
-        batch = data_order(step * batch_size, batch_size, len(examples), args.seed)
-        batch = batch[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
-        lengths = example_lengths([examples[i] for i in batch], choice is packed_scores)
-        microbatches = [[batch[i] for i in rows] for rows in make_microbatches(lengths, max_tokens)]
+        step_start, stats = time.time(), defaultdict(float)
+        batch = order[step * B : (step + 1) * B]  # the order needs no checkpoint
+        batch = batch[rank * B // world_size : (rank + 1) * B // world_size]
 
         # ---- update
-        lr = peak_lr * lr_factor(step, total_steps, args.warmup_steps, args.lr_scheduler_type, args.min_lr_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         model.train()
-        sums = {"tokens": sum(lengths)}
-        for mb in microbatches:
-            mb = [examples[i] for i in mb]
-            scores, mask = scores_fn(model, mb)  # (R, K)
-            loss = ranking_loss(scores, mask, mb) * len(mb) / batch_size
+        for mb, *inputs in pack_rankings(model, batch, args.max_tokens_per_microbatch):
+            with autocast():
+                scores = completion_scores(model, *inputs).view(len(mb), -1)  # (R, K)
+            margin, label = (torch.tensor([batch[i][key] for i in mb], device=device) for key in ("margin", "label"))
+            loss = preference_loss(scores, margin, label, *loss_flags) * len(mb) / B
             loss.backward()
-            row, first, second = real_pairs(mask)  # (pairs,)
-            preferred = torch.tensor([e["label"] for e in mb], device=device)[row].sub(0.5).sign()  # (pairs,)
-            margin = (scores.detach()[row, first] - scores.detach()[row, second]) * preferred  # (pairs,), 0 for a tie
-            stats = {
-                "train/loss": loss.detach(), "right": ((margin.sign() + 1) / 2)[preferred != 0].sum(),
-                "margins": margin.sum(), "pairs": (preferred != 0).sum(), "rewards": scores.detach()[mask].sum(),
-                "answers": mask.sum(),
+            scores = scores.detach()
+            difference = differences(scores)  # (R, K (K - 1) / 2)
+            right = agreement(difference.flatten(), label.repeat_interleave(difference.shape[1]))  # (pairs,)
+            mb_stats = {
+                "train/loss": loss.detach(), "right": right.sum(), "pairs": torch.tensor(len(right)),
+                "lead": (difference * (label - 0.5).sign()[:, None]).sum(),
+                "reward": scores.sum(), "answers": torch.tensor(scores.numel()),
             }
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value
-        for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
-            if parameter.grad is not None:
-                all_reduce(parameter.grad)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if not grad_norm.isfinite():
-            save(run_dir / "nonfinite.pt", step)
-            wait_for_all(device)
-            bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
+            for name, value in mb_stats.items():
+                stats[name] += value[None].to(device)
+        for parameter in model.parameters():  # DDP would need as many micro-batches in every process
+            if dist.is_initialized() and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+        learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
 
-        # ---- log
-        logs = sum_over_processes({**sums, "interrupts": len(interrupts)}, device)
-        tokens, interrupted = logs.pop("tokens"), logs.pop("interrupts") > 0
-        pairs = max(1.0, logs.pop("pairs"))
-        logs |= {
-            "train/accuracy": logs.pop("right") / pairs,
-            "train/margin": logs.pop("margins") / pairs,
-            "train/mean_reward": logs.pop("rewards") / logs.pop("answers"),
-            "train/grad_norm": grad_norm.item(),
-            "train/epoch": (step + 1) * batch_size / len(examples),
-            "charts/learning_rate": lr,
-            "charts/SPS": tokens / (time.time() - step_start),
+        # ---- log: means over the whole update and all processes
+        progress["step"] = step + 1
+        sums = {name: x.sum().item() for name, x in gather(stats, device).items()}
+        logs = {
+            "train/loss": sums["train/loss"], "train/accuracy": sums["right"] / max(1, sums["pairs"]),
+            "train/margin": sums["lead"] / max(1, sums["pairs"]), "train/mean_reward": sums["reward"] / sums["answers"],
+            "train/grad_norm": grad_norm, "train/epoch": (step + 1) * B / len(train),
+            "charts/learning_rate": learning_rate, "charts/SPS": sums["answers"] / (time.time() - step_start),
         }
+        bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/accuracy']:.2f}")
         if rank == 0:
             for name, value in logs.items():
                 writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/accuracy']:.2f}")
 
         # ---- evaluate, save
-        done = step + 1
-        if done % args.eval_steps == 0 and done < total_steps and not interrupted:
-            run_evaluation(done)
-        if done % args.save_steps == 0 or done == total_steps or interrupted:
-            save(run_dir / "checkpoint.pt", done)
-        if interrupted:
-            break
+        if (step + 1) % args.eval_steps == 0 and step + 1 < total_steps:
+            evaluate(step + 1)
+        if (step + 1) % args.save_steps == 0 or step + 1 == total_steps:
+            measured = random.Random(args.seed).sample(train, min(args.max_eval_samples, len(train)))
+            rewards = torch.cat(score(measured))  # (B,)
+            model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()
+            if rank == 0:
+                # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
+                model.save_pretrained(run_dir / "model.tmp")
+                tokenizer.save_pretrained(run_dir / "model.tmp")
+                torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
+                shutil.rmtree(run_dir / "model", ignore_errors=True)
+                os.replace(run_dir / "model.tmp", run_dir / "model")
+                os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    signal.signal(signal.SIGINT, old_handler)
-    model.eval()
-    measured = random.Random(args.seed).sample(examples, min(NORMALISATION_ROWS, len(examples)))
-    lengths = example_lengths(measured, choice is packed_scores)
-    scores, mask = all_scores(scores_fn, model, measured, lengths, max_tokens, rank, world_size)  # (N, K)
-    scores = scores[mask]
-    model.config.reward_mean, model.config.reward_std = scores.mean().item(), scores.std().item()
-    if rank == 0:
-        save_model(run_dir / "model", model, tokenizer)
-    wait_for_all(device)  # one that ended early would have torchrun end the others
-    if done < total_steps:
-        if rank == 0:
-            print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
-        raise SystemExit(130)
-    metrics |= run_evaluation(total_steps)
-    metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
+    metrics = progress["metrics"] | evaluate(total_steps) | {"seed": args.seed}
+    metrics["wall_seconds"] = time.time() - start_time
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name in metrics:
-            if f"{name}_before" in metrics:
-                print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        for name, before in progress["metrics"].items():
+            print(f"{name.removesuffix('_before')}: {before:.3f} -> {metrics[name.removesuffix('_before')]:.3f}")
         print(run_dir)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -993,12 +989,9 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli_args = tyro.cli(Args)
-    others = [flag for flag in sys.argv[1:] if flag.startswith("--") and not flag.startswith("--resume")]
-    if cli_args.resume is not None and others:
-        bad_input(f"{others[0]} cannot be given beside --resume, which takes that run's flags")
     try:
-        main(cli_args)
-    except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
-        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
-        raise SystemExit(130) from None
+        main(tyro.cli(Args))
+    except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
+        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
+        raise SystemExit(2) from None
