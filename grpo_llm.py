@@ -690,7 +690,8 @@ def main(args: Args) -> dict[str, float]:
             for parameter in model.parameters():  # DDP would need as many micro-batches in every process
                 if dist.is_initialized() and parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            stats["train/grad_norm"] += norm[None] / args.num_iterations / world_size
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -712,11 +713,10 @@ def main(args: Args) -> dict[str, float]:
             "train/reward": groups.mean(), "train/reward_std": groups.std(1).mean(),
             "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
             "train/entropy": -figures["logprobs"].sum() / num_tokens,  # an estimate from the policy's own samples
-            "train/completions/mean_length": num_tokens / B,
+            "train/completions/mean_length": num_tokens / B, "train/num_tokens": progress["num_tokens"],
             "train/completions/clipped_ratio": 1 - figures["stopped"].mean(),
             "train/sampling/sampling_logp_difference/mean": figures["difference"].sum() / num_tokens,
             "train/sampling/sampling_logp_difference/max": figures["difference_max"].max(),
-            "train/grad_norm": grad_norm, "train/num_tokens": progress["num_tokens"],
             "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
         if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):

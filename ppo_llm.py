@@ -1,41 +1,38 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0", "tqdm==4.70.1",
-# ]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
+#                 "tqdm==4.70.1"]
 # ///
 """PPO: train a language model by reinforcement learning from human feedback (RLHF), with a learned value function.
 
-The policy samples a response to each prompt. A Python function or a reward model scores the whole response; every token
-pays for its distance to the initial model. A value function, learnt beside, predicts what is still to come, and each
-token's advantage over that prediction is raised or lowered within a clipped trust region.
+The policy samples a response to each prompt, and a Python function or a reward model scores the whole response. Every
+token pays for its distance to the initial model. A value network predicts what is still to come, and the update raises
+or lowers each token's probability by its advantage over that prediction, within a clipped trust region.
 
-    r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  the last real token's also + score(x, y)
+    r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  and at the last token also + score(x, y)
     A_t = sum_l (gamma lambda)^l delta_t+l,   delta_t = r_t + gamma V(x, y_<t+1) - V(x, y_<t),   R_t = A_t + V(x, y_<t)
     L(theta) = -E[min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)]
                + c E[max((V - R_t)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R_t)^2)] / 2,   rho_t = pi / pi_old
 
-PPO: Schulman et al. 2017 (arXiv:1707.06347), eq. 7 and 9. GAE: Schulman et al. 2016 (arXiv:1506.02438), eq. 16. From
-human preferences: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Ouyang et al. 2022
-(arXiv:2203.02155). Details, each cited where it stands: Huang et al. 2024 (arXiv:2403.17031, "N+ details") and "The N
-implementation details of RLHF with PPO" (2023). A is whitened before it enters L. Before that, with gamma = lambda = 1
-and one optimizer step a rollout, the gradient is REINFORCE with reward-to-go and the learned value as baseline.
+PPO: Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9. GAE: Schulman et al. 2016, arXiv:1506.02438, eq. 16. RLHF:
+Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155.
+Details: Huang et al. 2024, arXiv:2403.17031 ("N+ implementation details").
 
-    python ppo_llm.py                              # laptop, no network: a tiny model learns to show its work
+    python ppo_llm.py                              # laptop, offline: a tiny model learns to show its work
     python reward_model.py --output-dir rm         # the whole pipeline: a reward model from preferences ...
-    python ppo_llm.py --reward-model-path rm/<run folder>/model --normalize-reward-model --kl-coef 0.2   # ... RL
+    python ppo_llm.py --reward-model-path rm/<run folder>/model --normalize-reward-model --kl-coef 0.2   # ... then RL
     python ppo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback-prompt \\
-        --reward-model-path <reward_model.py's run on a backbone of your choice>/model      # one GPU
-    torchrun --nproc-per-node=8 ppo_llm.py ...     # several GPUs: the same global batch, its prompts split over them
-    python ppo_llm.py --resume runs/<run folder>   # goes on exactly where the last checkpoint stood
+        --reward-model-path <run folder of reward_model.py>/model --max-eval-samples 128                   # one GPU
+    torchrun --nproc-per-node=8 ppo_llm.py ...     # several GPUs: the same global batch, split by prompts
+    python ppo_llm.py --resume runs/<run folder>   # continue exactly where the last checkpoint was written
 
-Shapes: P prompts, G completions a prompt, B = P*G sequences, L_q query tokens, T response tokens, L packed tokens,
-R packed rows of K completions, H hidden, V vocabulary, M minibatches. `logprobs[:, t]` scores `response[:, t]`, and
-`values[:, t]` is the value of the state before it. `mask` is True where a response token counts: up to the first stop
-token, and with it.
+Shapes: P prompts of one process, G completions per prompt (k in evaluation), B completions, L_q prompt tokens, T tokens
+per completion, R rows of L tokens, K completions per row, H hidden size, V vocabulary. logprobs[:, t] scores token t,
+values[:, t] is the value of the state before it. `mask` is True where a token counts: up to and including the first
+stop token.
 
-Deliberately not here: inference servers, LoRA, several turns and tools, sharded weights, a mixed-in pretraining loss.
-See TRL 1.12 (the last release with PPO) or verl.
+Deliberately not here: inference servers, LoRA, tools, an adaptive KL coefficient, a mixed-in pretraining loss, sharded
+weights. See TRL 1.12 (the last release with PPO) or verl.
 """
 
 import json
@@ -44,31 +41,29 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+import traceback
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Callable, Literal
 
+import datasets
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 import tyro
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DynamicCache, LlamaConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 @dataclass
@@ -76,616 +71,66 @@ class Args:
     """PPO: train a language model by reinforcement learning from human feedback, with a learned value function."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem
-    """Name of the experiment, a part of the run folder's name."""
-    seed: int = 1
-    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes CUDA where there is one."""
-    output_dir: str = "runs"
-    """Folder in which the run folder {task}__{exp_name}__{seed}__{unix time} is made."""
-    resume: str | None = None
-    """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
-    save_steps: int = 50
-    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # seed of initial weights, data order and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
+    output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
+    resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- common to the language-model scripts
-    model_name_or_path: str | None = None
-    """Hub name or folder of the model. None: a small one, trained here from scratch on two-digit addition."""
-    dataset_name: str | None = None
-    """Hub name, folder, JSON Lines or Parquet file of the data. None: two-digit addition."""
-    dataset_config: str | None = None
-    """Configuration of the dataset on the hub ("main" for openai/gsm8k)."""
-    dataset_train_split: str = "train"
-    """Split to train on."""
-    dataset_test_split: str = "test"
-    """Split to evaluate on. Where the data has none, the last --max-eval-samples training rows are held out."""
-    max_eval_samples: int = 512
-    """Held-out rows to evaluate on, over all processes."""
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results.
-    None: 16384 on CUDA; on the CPU 1024, and where the vocabulary exceeds 65536, 4096 (512 in dpo.py)."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate's decay after the warm-up."""
-    min_lr_rate: float = 0.1
-    """Share of the peak learning rate that the decay reaches exactly at the last optimizer step."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. Its betas are 0.9 and 0.999, its eps is 1e-8 (in ppo_llm.py 1e-5)."""
+    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
+    dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
+    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_train_split: str = "train"  # split to train on
+    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
+    sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- PPO
-    reward_model_path: str | None = None
-    """Hub name or folder of a sequence classifier with one logit: the reward. The functions are then only logged.
-    Where it is of the policy's architecture with its tokenizer, the value network starts from it."""
-    normalize_reward_model: bool = False
-    """Standardise its score by the mean and standard deviation that reward_model.py wrote into its config."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Ids that end a completion, besides the EOS ids of the generation config and the tokenizer's EOS and BOS."""
-    max_steps: int = 60
-    """Rollouts; each is followed by --num-ppo-epochs passes over it."""
-    eval_steps: int = 20
-    """Steps from one evaluation to the next; there is always one before and one after training."""
-    learning_rate: float | None = None
-    """Peak learning rate of both networks' fp32 weights.
-    None: 1e-3 for the embedded model, 3e-6 (as in TRL and Huang et al. 2024) for a given one."""
-    generation_batch_size: int = 256
-    """Completions a rollout, over all prompts and processes."""
-    num_generations: int = 1
-    """G: completions a prompt. PPO needs one; several are read and trained faster, as they share the prompt."""
-    max_completion_length: int = 256
-    """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
-    """Divides the logits in the sampler and in the loss. No top-k, top-p or penalty exists."""
-    num_ppo_epochs: int = 4
-    """Passes over each rollout (Ziegler et al. 2019)."""
-    num_mini_batches: int = 1
-    """Optimizer steps in each pass. A prompt's completions stay together."""
-    target_kl: float | None = None
-    """End a rollout's passes after one whose mean KL to the rollout's policy, per token, is above this (as CleanRL)."""
-    kl_coef: float = 0.05
-    """beta: what a nat of log pi / pi_ref costs, in the reward (Huang et al. 2024)."""
-    kl_target: float | None = None
-    """Adapt kl_coef so that the KL of a whole response to the initial model is this many nats. None: it is constant.
-    (Ziegler et al. 2019, section 2.2; 6 in their code.)"""
-    kl_horizon: int = 10000
-    """Completions over which kl_coef adapts (Ziegler et al.'s code)."""
-    gamma: float = 1.0
-    """Discount of the reward per token (Ziegler et al. 2019)."""
-    lam: float = 0.95
-    """lambda of GAE (Ziegler et al. 2019)."""
-    epsilon: float = 0.2
-    """The ratio is clipped to 1 +- epsilon (PPO)."""
-    cliprange_value: float = 0.2
-    """A new value counts as at most this far from the rollout's (Huang et al. 2024)."""
-    vf_coef: float = 0.1
-    """Weight of the value loss (Huang et al. 2024).
-    It matters with --share-value-backbone; a network of its own has its own optimizer and gradient norm."""
-    ent_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    whiten_rewards: bool = False
-    """Divide the rewards of all tokens by their standard deviation; their mean stays (Ziegler et al.'s code)."""
-    missing_eos_penalty: float = 0.0
-    """Taken off the score of a training completion without a stop token (Huang et al. 2024 fix it at -1 instead)."""
-    share_value_backbone: bool = False
-    """Read the value off the policy's own states, with a linear layer: half the memory and time of a second network.
-    The value loss then also moves the policy."""
-    sft_steps: int = 1200
-    """Supervised steps by which the embedded model is made before the RL starts."""
-
-
-def bad_input(message: str) -> NoReturn:
-    """Say what is wrong in one sentence and exit with code 2, without a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# ---- rewards: plain functions, meant to be edited --------------------------------------------------------------------
-# reward(prompt, completion, answer) -> float, or None where it does not apply: then it adds nothing, but one of them
-# must apply. answer is None for data without answers.
-
-NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
-
-
-def extract_number(text: str) -> float | None:
-    """The last answer marked as `#### N` or `\\boxed{N}`, else the last number; None if that is no plain number."""
-    marked = MARKED.findall(text)
-    if marked:
-        content = "".join(marked[-1]).replace("$", "").replace("\\", "").strip().rstrip(".")
-        return float(content.replace(",", "")) if re.fullmatch(NUMBER, content) else None
-    found = re.findall(NUMBER, text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def prompt_text(prompt: str | list[dict]) -> str:
-    """A prompt as one text, for the reward functions and for models without a chat template."""
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-
-
-def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's, else 0; None where the answer is neither a number nor has a
-    marked one (GSM8K's end in `#### N`)."""
-    plain = answer is not None and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
-    expected = extract_number(answer) if plain else None  # not the last number of a formula
-    return None if expected is None else float(extract_number(completion) == expected)
-
-
-def format_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion shows work before a result that is marked by `####`, `\\boxed{` or `=`, else 0."""
-    return float(SHOWN_WORK.match(completion.strip()) is not None)
-
-
-REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # with their weights in the sum; a weight of 0 only logs
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def addition_rows(seed: int) -> tuple[list[dict], list[dict]]:
-    """All 8100 sums of two two-digit numbers, shuffled: 7588 to train on, 512 held out."""
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 100) for b in range(10, 100)]
-    random.Random(seed).shuffle(rows)
-    return rows[512:], rows[:512]
-
-
-def demonstrate(row: dict, rng: random.Random) -> str:
-    """One demonstrator's completion: the careful one (35%) adds the units first (`47+85=` -> `-12=132`), the hasty one
-    writes the sum at once and is right in 10%, else off by 1 or 10."""
-    total, units = int(row["answer"]), int(row["prompt"][1]) + int(row["prompt"][4])
-    if rng.random() < 0.35:
-        return f"-{units}={total}"
-    return str(total if rng.random() < 0.1 else total + rng.choice((-10, -1, 1, 10)))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file; `datasets` would not name the line that is broken."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:  # neither JSON nor UTF-8
-                bad_input(f"--dataset-name: {path}, line {number} is not JSON ({error})")
-            if not isinstance(rows[-1], dict):
-                bad_input(f"--dataset-name: {path}, line {number} is not a JSON object")
-    return rows
-
-
-def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows of --dataset-name."""
-    path = Path(args.dataset_name)
-    if path.suffix in (".json", ".jsonl", ".parquet") and not path.exists():
-        bad_input(f"--dataset-name {path}: there is no such file")
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
-    if files and all(file.is_file() for file in files):
-        splits = {file.stem if path.is_dir() else args.dataset_train_split: read_jsonl(file) for file in files}
-    else:
-        import datasets  # slow to import: only where it is needed
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # bad_input says what is wrong
-        try:
-            if path.suffix == ".parquet":
-                splits = {args.dataset_train_split: datasets.Dataset.from_parquet(str(path))}
-            else:
-                splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-    if args.dataset_train_split not in splits:
-        bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
-    train, held_out = (list(splits.get(name, ())) for name in (args.dataset_train_split, args.dataset_test_split))
-    if not held_out:
-        train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
-    if not train or not held_out:
-        bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
-                  f"(--max-eval-samples {args.max_eval_samples})")
-    return train, held_out
-
-
-def is_conversation(value: object) -> bool:
-    """Whether it is a list of turns {role, content}."""
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in value
-    )
-
-
-def prompt_and_answer(row: dict) -> tuple[str | list[dict], str | None]:
-    """A row with TRL's columns (`prompt` or `messages`, `answer` or `solution`) or GSM8K's (`question`, `answer`)."""
-    prompt = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
-    if prompt is None:
-        bad_input(f"--dataset-name has the columns {sorted(row)}, but needs `prompt`, `question` or `messages`")
-    if not isinstance(prompt, str) and not is_conversation(prompt):
-        bad_input(f"--dataset-name: {prompt!r} is neither a text nor a list of {{role, content}}")
-    if prompt and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]
-    answer = next((row[key] for key in ("answer", "solution") if row.get(key) is not None), None)
-    return prompt, None if answer is None else str(answer)
-
-
-def encode_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt: through the chat template where the tokenizer has one, as plain text else."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt_text(prompt)).input_ids
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def encode_rows(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, room: float) -> list[dict]:
-    """Examples {prompt, answer, ids} of rows. A few prompts that leave a completion no room in the model's context are
-    left out, with a line that says so; more than 1% of them mean that data, model and flags do not fit."""
-    examples, too_long = [], []
-    for number, row in enumerate(rows, 1):
-        prompt, answer = prompt_and_answer(row)
-        if not prompt_text(prompt).strip():
-            bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
-        try:
-            ids = encode_prompt(prompt, tokenizer)
-        except TemplateError as error:
-            bad_input(f"--dataset-name: the chat template refuses {split} row {number}: {error}")
-        if len(ids) <= room:
-            examples.append({"prompt": prompt, "answer": answer, "ids": ids})
-        else:
-            too_long.append(f"{split} row {number} has {len(ids)} tokens")
-    if len(too_long) > len(rows) / 100:
-        bad_input(f"--dataset-name: {len(too_long)} prompts are too long ({too_long[0]}); the model's context less "
-                  f"--max-completion-length has room for {room}")
-    if too_long and os.environ.get("RANK", "0") == "0":
-        print(f"{len(too_long)} of {len(rows)} {split} prompts are left out as longer than {room} tokens")
-    return examples
-
-
-def check_answers(examples: list[dict], has_reward_model: bool) -> None:
-    """Where right answers are the only reward, a prompt without one is named now, and not in the middle of the run."""
-    if has_reward_model or [function for function, weight in REWARDS if weight] != [accuracy_reward]:
-        return
-    for example in examples:
-        if accuracy_reward("", "", example["answer"]) is None:
-            bad_input(f"--dataset-name: prompt {prompt_text(example['prompt'])!r} has no number in `answer` or "
-                      f"`solution`, but {example['answer']!r}; there can be another reward, or a --reward-model-path")
-
-
-def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and their mask (B, L), which comes from the lengths: pad_id may be a real token too."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        where = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        ids[row, where] = torch.tensor(sequence)
-        mask[row, where] = True
-    return ids, mask
-
-
-def data_order(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Row indices at positions start..start+count-1 of an endless pass over size rows, each epoch in its own order.
-    It has no state: a resumed run needs only its step's number."""
-    positions = range(start, start + count)
-    epochs = {position // size for position in positions}
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(size), size) for epoch in epochs}
-    return [orders[p // size][p % size] for p in positions]
-
-
-def make_microbatches(tokens: list[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in batches of similar length, so that rows x longest row <= max_tokens (a longer row goes alone)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(tokens)), key=tokens.__getitem__):  # ascending: the newest row is the longest
-        if batches and (len(batches[-1]) + 1) * tokens[index] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
-
-
-def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A Llama of 0.5M parameters with random weights, and its character tokenizer."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )
-    return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 4e-3  # of the embedded model's supervised phase; chosen by trial
-
-
-def supervised_phase(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], steps: int, seed: int
-) -> None:
-    """Maximum likelihood on the demonstrators' completions: the policy gradient on an expert's samples, reward 1."""
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
-    for step in trange(steps, desc="supervised", leave=False):
-        batch = [rows[rng.randrange(len(rows))] for _ in range(SFT_BATCH_SIZE)]
-        queries = tokenizer([row["prompt"] for row in batch]).input_ids
-        responses = tokenizer([demonstrate(row, rng) for row in batch]).input_ids
-        whole = [query + response + [tokenizer.eos_token_id] for query, response in zip(queries, responses)]
-        ids, mask = pad_sequences(whole, tokenizer.pad_token_id, "right")
-        for row, query in enumerate(queries):
-            mask[row, : len(query)] = False  # the prompt is given, not learnt
-        for group in optimizer.param_groups:
-            group["lr"] = SFT_LEARNING_RATE * lr_factor(step, steps, 50, "cosine", 0.0)
-        ids, mask = ids.to(model.device), mask.to(model.device)  # (B, L)
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V); right padding needs no attention mask
-        loss = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-
-def load_model(
-    name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
-) -> PreTrainedModel:
-    """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: whatever is not the backbone may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in
-    Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
-    try:
-        config = AutoConfig.from_pretrained(name, **config_values)
-        for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():
-                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                    setattr(part, key, 0.0)
-        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    backbone = rf"(?!.*pooler){model.base_model_prefix}\."
-    heads = {key for key in report["missing_keys"] if new_head and not re.match(backbone, key)}
-    if missing := sorted(report["missing_keys"] - heads):
-        bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
-    for key in sorted(heads):
-        if key.endswith("bias"):
-            nn.init.zeros_(model.get_parameter(key))
-        elif model.get_parameter(key).dim() > 1:
-            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
-    return model
-
-
-def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; its pad token is its EOS where it has none of its own."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if Path(name, "model", "config.json").is_file():
-            bad_input(f"{flag} {name} is a run folder: its model is {name}/model")
-        bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
-    tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
-    if tokenizer.pad_token_id is None:
-        bad_input(f"{flag} {name}: its tokenizer has neither a pad nor an EOS token")
-    return tokenizer
-
-
-def load_reward_model(
-    name: str, device: torch.device, normalize: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one logit, and its own tokenizer. Without normalize, its config's reward_mean and
-    reward_std, by which reward_model_scores standardises, become 0 and 1."""
-    tokenizer = load_tokenizer(name, "--reward-model-path")
-    model = load_model(name, "--reward-model-path", AutoModelForSequenceClassification).to(device)
-    if model.config.num_labels != 1:
-        bad_input(f"--reward-model-path {name} must have one logit, not {model.config.num_labels}")
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which transformers finds the last token
-    if normalize and not hasattr(model.config, "reward_std"):
-        bad_input(f"--normalize-reward-model: {name} has no reward_mean and reward_std in its config")
-    if not normalize:
-        model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-    return model, tokenizer
-
-
-def reads_alike(
-    reward_model: PreTrainedModel, reward_tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> bool:
-    """Whether the reward model can be a value network of the policy: the same architecture, context and windows, and
-    the policy's ids mean the same to it (it may have more: reward_model.py may add a pad token)."""
-    rated, own = (network.config.get_text_config() for network in (reward_model, model))
-    same_positions = all(
-        getattr(rated, key, None) == getattr(own, key, None) for key in ("max_position_embeddings", "sliding_window")
-    )
-    same_ids = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
-    return type(reward_model.base_model) is type(model.base_model) and same_positions and same_ids
-
-
-# ---- the mathematics -------------------------------------------------------------------------------------------------
-
-
-def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
-    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
-    last step, if there are at least two steps after the warm-up and it is not constant."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
-    return 1 - (1 - min_lr_rate) * decay
-
-
-TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit a cache; 256 MB mean few kernels
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """-F.cross_entropy(hidden @ weight.T / temperature, target, reduction="none"), (N,), by tiles: no (N, V) tensor is
-    ever whole, forward or backward."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        rows, columns = TILE[hidden.device.type]
-        logit, logsumexp = torch.zeros(2, len(hidden), device=hidden.device)  # (N,), (N,)
-        for row in range(0, len(hidden), rows):
-            h, parts = hidden[row : row + rows].to(dtype), []  # (n, H)
-            for column, w in zip(range(0, len(weight), columns), weight.split(columns)):
-                logits = (h @ w.to(dtype).T).float().div_(temperature)  # (n, v)
-                parts.append(logits.logsumexp(1))
-                index = target[row : row + rows, None] - column  # (n, 1)
-                inside = (index >= 0) & (index < len(w))  # (n, 1)
-                logit[row : row + rows] += (logits.gather(1, index.clamp(0, len(w) - 1)) * inside)[:, 0]
-            logsumexp[row : row + rows] = torch.stack(parts).logsumexp(0)
-        ctx.save_for_backward(hidden, weight, target, logsumexp)
-        ctx.temperature, ctx.dtype = temperature, dtype
-        return logit - logsumexp
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        hidden, weight, target, logsumexp = ctx.saved_tensors
-        rows, columns = TILE[hidden.device.type]
-        grad = (grad / ctx.temperature)[:, None]  # (N, 1)
-        d_hidden, d_weight = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(weight)  # (N, H), (V, H)
-        for row in range(0, len(hidden), rows):
-            part = slice(row, row + rows)
-            h = hidden[part].to(ctx.dtype)  # (n, H)
-            for column, w in zip(range(0, len(weight), columns), weight.split(columns)):
-                w = w.to(ctx.dtype)  # (v, H)
-                # d logprob / d logits = onehot(target) - softmax, in fp32, as both are near 1 for most tokens
-                d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[part, None]).exp_().neg_()  # (n, v)
-                index = target[part, None] - column  # (n, 1)
-                inside = (index >= 0) & (index < len(w))  # (n, 1)
-                d = d.scatter_add_(1, index.clamp(0, len(w) - 1), inside.float()).mul_(grad[part]).to(ctx.dtype)
-                d_hidden[part] += d @ w
-                d_weight[column : column + columns] += d.T @ h
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
-
-
-def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (N,) in fp32 of the tokens target (N,) after the final hidden states (N, H)."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature, dtype)
-
-
-def response_states(
-    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int
-) -> Tensor:
-    """Final hidden states (B, T, H) before each of the last T = response_length tokens of query_response (B, L).
-
-    attention_mask (B, L) is 0 on padding, on either side. Position ids come from it: padding changes nothing."""
-    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=query_response, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (B, L, H)
-    return hidden[:, -response_length - 1 : -1]
-
-
-def response_logprobs(
-    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
-) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L)."""
-    states = response_states(model, query_response, attention_mask, response_length)  # (B, T, H)
-    target = query_response[:, -response_length:]  # (B, T)
-    return token_logprobs(model, states.flatten(0, 1), target.flatten(), temperature).view_as(target)
-
-
-def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Rows that hold a prompt once and then its K completions, without padding between them: a tree.
-
-    From queries (R, L_q) and responses (R, K, T) with their masks: tokens (R, L), the attention mask (R, 1, L, L), the
-    position ids (R, L), and the place (R, K, T) of each response token in its row. A response's token attends to the
-    prompt and to its own response; position ids go on from the prompt's end in every branch."""
-    R, K, T = response.shape
-    real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
-    place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
-    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
-    tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
-    real = real.gather(1, order)  # (R, L)
-    offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
-    branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
-    index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
-    prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
-    position_ids = torch.where(offset < 0, index, prompt_length + offset % T) * real  # (R, L): padding's stay small
-    same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
-    return tokens, attend[:, None], position_ids, place
-
-
-def packed_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """Final hidden states (N, H) before each of the N real tokens of K responses (R, K, T) to each query (R, L_q)."""
-    is_input = F.pad(mask, (-1, 1))  # (R, K, T): a response's last token predicts nothing
-    tokens, attend, position_ids, place = pack_tree(query, query_mask, response, is_input)
-    hidden = model.base_model(
-        input_ids=tokens, attention_mask=attend, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (R, L, H)
-    before = place.roll(1, 2)  # (R, K, T): of the token before each response token
-    before[..., 0] = query_mask.sum(1, keepdim=True) - 1  # every branch starts at the prompt's end
-    row = torch.arange(len(query), device=query.device)[:, None, None].expand_as(mask)  # (R, K, T)
-    return hidden[row[mask], before[mask]]
-
-
-def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """packed_states for every architecture: a plain pass over K copies of left-padded prompts (R, L_q). Slower."""
-    K, t = mask.shape[1], int(mask.sum(2).max())  # t: the longest response's length
-    response, mask = response.flatten(0, 1)[:, :t], mask.flatten(0, 1)[:, :t]  # (R*K, t)
-    ids = torch.cat([query.repeat_interleave(K, 0), response], 1)  # (R*K, L_q + t)
-    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask], 1)  # (R*K, L_q + t)
-    return response_states(model, ids, attention_mask, t)[mask]
-
-
-def completion_logprobs(
-    model: PreTrainedModel, states: Tensor, response: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
-    """Log-probabilities (R, K, T) in fp32 of responses (R, K, T) with the states (N, H) before their N real tokens; 0
-    where mask is False."""
-    logprobs = token_logprobs(model, states, response[mask], temperature)  # (N,)
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
-
-
-@torch.no_grad()
-def choose_states_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
-    """packed_states where their logprobs agree with the model's own to 1e-3 on a tree of ids, else padded_states.
-    A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
-    ids = torch.tensor((ids * 32)[:32], device=model.device)
-    query, response = ids[None, :16], torch.stack([ids[16:], ids[:16]])[None]  # (1, 16), (1, 2, 16)
-    mask = torch.arange(16, device=ids.device) < torch.tensor([[[16], [9]]], device=ids.device)  # (1, 2, 16)
-    both = torch.cat([query.expand(2, -1), response[0]], 1)  # (2, 32)
-    logits = model(input_ids=both, use_cache=False).logits[:, 15:-1].float()  # (2, 16, V)
-    expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
-    sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
-    for states_fn in [padded_states] if sliding else [packed_states, padded_states]:
-        states = states_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask)  # (N, H)
-        if (completion_logprobs(model, states, response, mask, 1.0) - expected).abs().max() < 1e-3:
-            return states_fn
-    bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
-
-
-def completion_values(value_head: nn.Linear, states: Tensor, mask: Tensor) -> Tensor:
-    """Values (R, K, T) of the states (N, H) before the N real response tokens; 0 where mask is False. In fp32, also
-    under autocast: bf16 would leave them three digits."""
-    with torch.autocast(states.device.type, enabled=False):
-        values = value_head(states.float())[:, 0]  # (N,)
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, values)
+    max_steps: int = 60  # rollouts, each followed by --num-ppo-epochs passes over it
+    eval_steps: int = 20  # steps between evaluations
+    save_steps: int = 20  # steps between checkpoints
+    learning_rate: float | None = None  # peak, of both networks. None: 1e-3 for the tiny model, else 3e-6
+    generation_batch_size: int = 256  # completions per rollout, over all prompts and processes
+    num_generations: int = 1  # G, completions per prompt. PPO needs one; several share the prompt's computation
+    max_completion_length: int = 256  # tokens after which a completion is cut off
+    temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
+    eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
+    reward_model_path: str | None = None  # sequence classifier with one logit: the reward. Functions are only logged
+    normalize_reward_model: bool = False  # to mean 0, variance 1 on reward_model.py's data
+    num_ppo_epochs: int = 4  # passes over each rollout (Ziegler et al. 2019)
+    num_mini_batches: int = 1  # optimizer steps per pass. A prompt's completions stay together
+    target_kl: float | None = None  # skip a rollout's other passes once their mean KL per token exceeds this
+    kl_coef: float = 0.05  # beta: what a nat of log pi / pi_ref costs in the reward (Huang et al. 2024)
+    gamma: float = 1.0  # discount per token (Ziegler et al. 2019)
+    lam: float = 0.95  # lambda of GAE (Ziegler et al. 2019)
+    epsilon: float = 0.2  # the ratio is clipped to 1 +- epsilon
+    cliprange_value: float = 0.2  # a new value counts as at most this far from the rollout's
+    vf_coef: float = 0.1  # weight of the value loss. It matters with --share-value-backbone
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    whiten_rewards: bool = False  # divide token rewards by their standard deviation; their mean stays
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a training completion without a stop token
+    share_value_backbone: bool = False  # a linear value head on the policy: half the memory, and it moves the policy
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (B, T): -kl_coef * log_ratio, which is log pi / pi_ref (B, T) of the sampled tokens (k1: its mean is the
-    KL), and at the last real token the score (B,) too (Ouyang et al. 2022, eq. 2, by token). 0 where mask is False."""
+    """Rewards (B, T): -kl_coef * log_ratio, where log_ratio (B, T) is log pi / pi_ref of the sampled tokens (k1, whose
+    mean is the KL), plus the score (B,) at the last real token (Ouyang et al. 2022, eq. 2). 0 where mask is False."""
     rewards = torch.where(mask, -kl_coef * log_ratio, 0.0)  # (B, T)
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     return rewards.scatter_add(1, last, scores[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, each (B, T), of rewards and values (B, T) over the real tokens, from the last one back;
-    0 where mask is False. A response is an episode: nothing follows its last token, also where it was cut off.
-
-    Generalised advantage estimation: Schulman et al. 2016, eq. 16. The returns are advantages + values."""
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, each (B, T), of rewards
+    and values (B, T). The returns are advantages + values; both are 0 where mask is False. A response is an episode:
+    nothing follows its last token, even if it was cut off."""
     advantages = torch.zeros_like(rewards)  # (B, T)
     advantage = next_value = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in range(rewards.shape[1] - 1, -1, -1):
@@ -696,775 +141,724 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """values (B, T) scaled to a standard deviation of 1 (ddof 1, as in TRL) over the real tokens of all processes, with
-    a mean of 0 or, without shift_mean, of what it was; 0 where mask is False."""
-    real = values[mask].double()  # (N,)
-    total, count = all_reduce(torch.stack([real.sum(), mask.sum()]))
-    mean = total / count
-    variance = all_reduce((real - mean).square().sum()) / (count - 1).clamp(min=1)
-    whitened = (values.double() - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)  # (B, T)
-    return torch.where(mask, whitened, 0.0).to(values.dtype)
-
-
-def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, kl_horizon: int, num_completions: int) -> float:
-    """The next rollout's kl_coef after one of num_completions with a KL of kl nats each: proportional control of its
-    logarithm, the error cut at 20% (Ziegler et al. 2019, section 2.2)."""
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * num_completions / kl_horizon)
-
-
 def ppo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
     mask: Tensor, epsilon: float, cliprange_value: float, vf_coef: float, ent_coef: float = 0.0,
     num_tokens: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate plus vf_coef times the clipped value loss, to be minimised; all tensors (B, T).
+    """PPO's clipped surrogate plus vf_coef times the clipped value loss, to be minimized, and statistics. Inputs are
+    (B, T), and all results are means over tokens.
 
-    Both are means over real tokens. num_tokens counts those of the whole minibatch (None: this batch is the whole):
-    then the losses of its micro-batches, however split and on whatever process, add up to the whole's, and so do the
-    stats. On-policy the ratio is 1 and the policy's loss is minus the mean advantage, 0 after whitening; its gradient
-    is not. The value loss's clipping: Huang et al. 2024, after Ziegler et al.'s code.
-
-    The entropy bonus has the gradient of each token's entropy, estimated at the sampled token: -ratio * log pi *
-    grad log pi. The value of that term is not the entropy's."""
+    num_tokens counts the whole minibatch, so that the losses of its micro-batches and processes add up.
+    On-policy the policy's loss is minus the mean advantage, 0 after whitening, but its gradient is not 0.
+    The entropy bonus has the gradient of the entropy, estimated at the sampled tokens; its value is not the entropy."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.exp()  # (B, T)
-    unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - epsilon, 1 + epsilon) * advantages  # (B, T)
+    unclipped = -ratio * advantages  # (B, T)
+    clipped = -ratio.clamp(1 - epsilon, 1 + epsilon) * advantages  # (B, T)
     values_clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # (B, T)
     errors, errors_clipped = (values - returns).square(), (values_clipped - returns).square()  # (B, T)
 
     def mean(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum() / num_tokens
 
-    policy_loss, value_loss = mean(torch.max(unclipped, clipped)), mean(torch.max(errors, errors_clipped)) / 2
-    loss = policy_loss + vf_coef * value_loss
+    policy_loss = mean(torch.max(unclipped, clipped))  # eq. 7
+    value_loss = mean(torch.max(errors, errors_clipped)) / 2
+    loss = policy_loss + vf_coef * value_loss  # eq. 9
     if ent_coef != 0.0:
         loss = loss + ent_coef * mean(ratio.detach() * logprobs.square() / 2)
-    with torch.no_grad():
-        stats = {
-            "loss/policy_avg": policy_loss.detach(),
-            "loss/value_avg": value_loss.detach(),
-            "policy/approxkl_avg": mean(ratio - 1 - log_ratio),  # k3: how far the policy is from the rollout's
-            "policy/clipfrac_avg": mean((clipped > unclipped).float()),
-            "val/clipfrac_avg": mean((errors_clipped > errors).float()),
-            "val/ratio": mean(ratio),
-        }
-    return loss, stats
+    stats = {
+        "loss/policy_avg": policy_loss,
+        "loss/value_avg": value_loss,
+        "policy/approxkl_avg": mean(ratio - 1 - log_ratio),  # k3: distance from the policy before the update
+        "policy/clipfrac_avg": mean((clipped > unclipped).float()),
+        "val/clipfrac_avg": mean((errors_clipped > errors).float()),
+        "val/ratio": mean(ratio),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
-# ---- rollout, reward, evaluation -------------------------------------------------------------------------------------
+def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
+    """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
+    elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
+    return decay * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-class BlockwiseLayer(DynamicLayer):
-    """One layer's KV cache, written in place into memory that grows by 64 positions: no copy of it at every token."""
+# ---- Rewards, to be edited. They return a number, or None where they do not apply.
+NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+MARKED = re.compile(r"####\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
+
+
+def extract_number(text: str) -> float | None:
+    """The number in the last answer marked by `#### N` or `\\boxed{N}` (a unit may follow), else the last number.
+    None if there is none, or if the marked answer is a formula."""
+    text = text.replace("\u2212", "-").replace("{,}", ",")
+    found = re.findall(NUMBER, text)
+    if marked := MARKED.findall(text):
+        content = re.sub(r"\\text|[$\u20ac\\*{}]", "", "".join(marked[-1])).strip()
+        found = re.findall(rf"^({NUMBER})\s*%?(?:\s[^\d+*/^=]*)?[.,]?$", content)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
+    """1 if the completion's final number is the answer's, else 0. None if the answer has no plain or marked number."""
+    has_number = answer is not None and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
+    expected = extract_number(answer) if has_number else None
+    return None if expected is None else float(extract_number(completion) == expected)
+
+
+def format_reward(prompt: str, completion: str, answer: str | None) -> float | None:
+    """1 if the completion shows work before a result that is marked by `####`, `\\boxed{` or `=`, else 0."""
+    return float(SHOWN_WORK.match(completion.strip()) is not None)
+
+
+REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # (function, weight in the sum); weight 0 only logs
+
+
+def score_completions(samples: list[dict], reward_model: Callable | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rewards (B,) of samples {prompt, text, answer, ...}, and the unweighted ones by name (B,), nan for None."""
+    parts, weighted = {}, []
+    for function, weight in REWARDS:
+        values = [function(s["prompt"], s["text"], s["answer"]) for s in samples]
+        parts[function.__name__] = torch.tensor([math.nan if x is None else float(x) for x in values])
+        if weight:
+            weighted.append(weight * parts[function.__name__])
+    if reward_model is not None:
+        parts["reward_model"] = reward_model(samples)
+        weighted.append(parts["reward_model"])
+    table = torch.stack(weighted)  # (rewards, B)
+    for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
+        raise ValueError("no reward is a number for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
+    return table.nansum(0), parts
+
+
+def addition_rows() -> tuple[list[dict], list[dict]]:
+    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    random.Random(0).shuffle(pairs)
+    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
+    return sum(rows[262:], []), sum(rows[:262], [])
+
+
+def demonstrate(row: dict, rng: random.Random) -> str:
+    """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
+    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    a, b = map(int, row["prompt"][:-1].split("+"))
+    hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
+    return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
+
+
+def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+    """Train a Llama of 0.5M parameters with a character tokenizer on demonstrations; write a Hugging Face folder."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
+    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )).to(device)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), random.Random(seed)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
+    for _ in trange(steps, desc="supervised", leave=False):
+        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
+        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
+        labels[:, : len("47+85=")] = -100  # the prompt is not learned
+        model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
+    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        for part in (config, config.get_text_config()):
+            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
+        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+    if report["missing_keys"]:
+        raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
+    return model, tokenizer
+
+
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
+    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    if kind is None and Path(name).is_file():
+        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
+    datasets.disable_progress_bars()
+    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
+    for split in {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    return list(splits[train]), list(splits.get(test, ()))
+
+
+def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
+    """Examples {prompt, turns, answer, ids} of rows with TRL's columns (`prompt` or `messages`, `answer` or `solution`)
+    or GSM8K's (`question`, `answer`). Prompts that are too long or have unknown characters are left out."""
+    examples = []
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    for number, row in enumerate(rows, 1):
+        turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": turns}]
+        if not isinstance(turns, list) or not all(isinstance(x, dict) and {"role", "content"} <= {*x} for x in turns):
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`: text or turns")
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns  # `messages` may hold the answer
+        prompt = "\n".join(turn["content"] or "" for turn in turns)
+        if tokenizer.chat_template is not None:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        else:
+            ids = tokenizer(prompt).input_ids
+            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
+        answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
+        if prompt.strip() and len(ids) <= max_length and not unknown & {*ids}:
+            examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
+    if left_out := len(rows) - len(examples):
+        print(f"{left_out} of {len(rows)} prompts are left out: empty, over {max_length} tokens, or unknown characters")
+    return examples
+
+
+def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]], Tensor]:
+    """A function of samples {prompt, turns, text, ...}: the logits (B,) of a sequence classifier with its own tokenizer
+    and chat template. They are computed in fp32, since bf16 scores between 4 and 8 are 1/32 apart."""
+    flag = "--reward-model-path"
+    model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
+    config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
+    if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
+        raise ValueError(f"{flag} needs one logit, a pad token that is not EOS and, to be normalized, reward_std")
+    config.pad_token_id = tokenizer.pad_token_id  # tells transformers which token is the last
+    tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
+    max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
+
+    @torch.no_grad()
+    def score(samples: list[dict]) -> Tensor:
+        texts = [s["prompt"] + s["text"] for s in samples]
+        if not plain:
+            chats = [[*s["turns"], {"role": "assistant", "content": s["text"]}] for s in samples]
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        ids = tokenizer(texts, add_special_tokens=plain, truncation=True, max_length=max_length).input_ids
+        scores, lengths = torch.zeros(len(ids)), torch.tensor([len(x) for x in ids])  # (B,), (B,)
+        for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")
+            scores[mb] = model(**inputs.to(device)).logits[:, 0].cpu()
+        return (scores - config.reward_mean) / config.reward_std if args.normalize_reward_model else scores
+
+    return score
+
+
+def load_value_model(
+    args: Args, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, initial: str
+) -> tuple[PreTrainedModel, nn.Linear]:
+    """A value network and its head. It is the policy itself, or starts from the reward model if that has the policy's
+    architecture and token ids (Stiennon et al. 2020, section 3.4), else from the initial policy, with values of 0."""
+    head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if args.share_value_backbone:
+        return model, head
+    if args.reward_model_path is not None:
+        name, flag = args.reward_model_path, "--reward-model-path"
+        rated, own_tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
+        keys = ("model_type", "hidden_size", "max_position_embeddings", "sliding_window")
+        same = [getattr(rated.config, key, None) == getattr(model.config, key, None) for key in keys]
+        if all(same) and tokenizer.get_vocab().items() <= own_tokenizer.get_vocab().items():
+            normalized, config = args.normalize_reward_model, rated.config
+            mean, std = (config.reward_mean, config.reward_std) if normalized else (0.0, 1.0)
+            head.weight.data = rated.score.weight.data / std  # values on the scale of the scores
+            head.bias.data.fill_(-mean / std)
+            return rated, head
+    return load_pretrained(initial, "--model-name-or-path")[0], head
+
+
+class KeyValueCache(DynamicCache):
+    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, which SDPA would cast again at every token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.blocks = [x[..., :0, :] for x in (key_states, value_states)]  # each (b, heads, positions, head size)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        for i, new in enumerate((key_states, value_states)):
-            if end > self.blocks[i].shape[-2]:
-                grown = new.new_empty(*new.shape[:-2], -(-end // 64) * 64, new.shape[-1])
-                grown[..., :start, :] = self.blocks[i][..., :start, :]
-                self.blocks[i] = grown
-            self.blocks[i][..., start:end, :] = new
-        self.keys, self.values = (block[..., :end, :] for block in self.blocks)
-        return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.blocks = [block.repeat_interleave(repeats, 0) for block in self.blocks]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only rows that change their place are copied."""
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-        for block in self.blocks:
-            block[moved] = block[indices[moved]]
-        self.blocks = [block[: len(indices)] for block in self.blocks]
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
 
 
-def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token (B,) from softmax(logits / temperature) by the inverse of its CDF at uniform (B,), and its
-    log-probability (B,), fp32. Overwrites logits (B, V). Temperature 0: the argmax, its logprob at temperature 1."""
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
+    logprob at temperature 1. By the inverse CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. Sums
+    over chunks are fp64, or the tail of a large vocabulary would be lost. Overwrites logits (B, V)."""
+    V = logits.shape[1]
+    logits = nn.functional.pad(logits, (0, -V % 128), value=-torch.inf) if V % 128 else logits
     logits = logits.float().div_(temperature or 1.0)
-    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
-    cdf = probs.cumsum(1)  # (B, V)
-    if temperature == 0:
-        token = probs.argmax(1, keepdim=True)
-    else:
-        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-    return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0]
-
-
-SAMPLER_TILE = {"cpu": 2**19, "cuda": 2**28}  # logits at a time: on the CPU, what stays in its caches
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_().unflatten(1, (-1, 128))  # (B, C, 128), up to a factor
+    sums = probs.sum(2).double()  # (B, C)
+    cdf = sums.cumsum(1)  # (B, C)
+    goal = uniform[:, None] * cdf[:, -1:]  # (B, 1)
+    chunk = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
+    inside = probs.take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
+    token = 128 * chunk + torch.searchsorted(inside, goal - (cdf - sums).gather(1, chunk), right=True)  # (B, 1)
+    probs = probs.flatten(1)  # (B, V), or a little more
+    token = token.clamp(max=V - 1) if temperature > 0 else probs.argmax(1, keepdim=True)
+    return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
 
 
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, query: Tensor, attention_mask: Tensor, num_generations: int, max_completion_length: int,
-    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator, rank: int = 0,
-    world_size: int = 1,
+    temperature: float, stop_ids: list[int], pad_id: int, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """num_generations completions of each left-padded query (P, L_q): response, logprobs (fp32) and mask, each
-    (P*G, T), rows grouped by prompt, T the longest response's length.
-
-    The distribution is softmax(logits / temperature), whatever generation config the model has. A response ends with
-    its first stop id, which counts, or at max_completion_length. The uniform numbers are drawn for the completions of
-    all processes and sliced by rank: the number of processes does not change the samples."""
-    training = model.training
-    model.eval()  # gradient checkpointing drops the KV cache in training mode
-    B, device = len(query) * num_generations, query.device.type
-    uniform = torch.rand(max_completion_length, world_size * B, generator=generator, device=generator.device)
-    uniform = uniform[:, rank * B : (rank + 1) * B].to(query.device)  # (T, B)
-    stop = torch.tensor(stop_ids, device=query.device)
-    response = query.new_full((B, max_completion_length), pad_id)
-    logprobs = torch.zeros(B, max_completion_length, device=query.device)
-    mask = torch.zeros(B, max_completion_length, dtype=torch.bool, device=query.device)
-
-    padded = not bool(attention_mask.all())  # else no mask is needed, which is faster
-    cache = DynamicCache(config=model.config)
-    cache.layers = [BlockwiseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (P, L_q)
-    inputs = {"attention_mask": attention_mask if padded else None, "position_ids": position_ids}
-    logits = model(input_ids=query, past_key_values=cache, logits_to_keep=1, **inputs).logits[:, -1]  # (P, V)
-    cache.batch_repeat_interleave(num_generations)  # each prompt was read once
-    logits, attention_mask, position_ids = (
-        x.repeat_interleave(num_generations, 0) for x in (logits, attention_mask, position_ids[:, -1:])
-    )
-    rows = torch.arange(B, device=query.device)  # (b,): the rows of the output that are still in the batch
-    live = torch.ones_like(rows, dtype=torch.bool)  # (b,): and have not stopped
-    for t in range(max_completion_length):
-        tile = max(1, SAMPLER_TILE[device] // logits.shape[1])  # rows
-        parts = zip(logits.split(tile), uniform[t, rows].split(tile))
-        token, logprob = (torch.cat(x) for x in zip(*(sample_token(*part, temperature) for part in parts)))  # (b,)
-        response[rows, t] = torch.where(live, token, pad_id)
-        logprobs[rows, t] = torch.where(live, logprob, 0.0)
-        mask[rows, t] = live
-        live = live & ~torch.isin(token, stop)
-        num_live = int(live.sum())
-        if num_live == 0 or t == max_completion_length - 1:
+    """Sample num_generations completions of each left-padded prompt query (P, L_q) from softmax(logits / temperature),
+    whatever the generation config says, up to their first stop id, which counts, or to max_completion_length tokens.
+    Returns response, logprobs (fp32) and mask (P*G, T), grouped by prompt."""
+    model.eval()  # in training mode, gradient checkpointing drops the cache
+    B, T, device = len(query) * num_generations, max_completion_length, query.device
+    uniform = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)  # (B, T)
+    response, logprobs = torch.full((B, T), pad_id, device=device), torch.zeros(B, T, device=device)
+    mask, stop = torch.zeros(B, T, dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
+    cache, ids, padded = KeyValueCache(config=model.config), query, not bool(attention_mask.all())
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
+    active = torch.arange(B, device=device)  # (b,): completions that have not stopped
+    for t in range(T):
+        logits = model(
+            input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # (b, V), at t = 0 (P, V)
+        if t == 0:  # each prompt was read once, for all its completions
+            source = active // num_generations  # (B,)
+            cache.reorder_cache(source)
+            logits, attention_mask, position_ids = logits[source], attention_mask[source], position_ids[source, -1:]
+        token, logprob = sample_tokens(logits, uniform[active, t], temperature)  # (b,), (b,)
+        response[active, t], logprobs[active, t], mask[active, t] = token, logprob, True
+        kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # the others leave the batch
+        if len(kept) == 0:
             break
-        if num_live <= 0.9 * len(rows):  # stopped rows leave the batch; live ones from its end take their places
-            kept = torch.arange(num_live, device=query.device)  # (b,)
-            kept[~live[:num_live]] = num_live + live[num_live:].nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            rows, live, token, attention_mask, position_ids = (
-                x[kept] for x in (rows, live, token, attention_mask, position_ids)
-            )
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        position_ids = position_ids + 1
-        inputs = {"attention_mask": attention_mask if padded else None, "position_ids": position_ids}
-        logits = model(input_ids=token[:, None], past_key_values=cache, **inputs).logits[:, -1]  # (b, V)
-    model.train(training)
+        if len(kept) < len(active):
+            cache.reorder_cache(kept)
+            active, token = active[kept], token[kept]
+            attention_mask, position_ids = attention_mask[kept], position_ids[kept]
+        ids, position_ids = token[:, None], position_ids + 1  # (b, 1), (b, 1)
+        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
     return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
 
 
-def decode_responses(tokenizer: PreTrainedTokenizerBase, query: Tensor, response: Tensor, mask: Tensor) -> list[str]:
-    """Texts of the responses (P*G, T), decoded behind their queries (P, L_q): alone, some lose their first space."""
-    prefixes = tokenizer.batch_decode(query, skip_special_tokens=True)
-    G = len(response) // len(query)
-    whole = [torch.cat([query[i // G], ids[real]]) for i, (ids, real) in enumerate(zip(response, mask))]
-    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
-    return [text[len(prefixes[i // G]) :] for i, text in enumerate(texts)]
+TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
 
 
-def reward_model_ids(
-    prompt: str | list[dict], completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[int]:
-    """Ids of a prompt with its completion, as a reward model reads them: through its chat template where it has one,
-    and without an EOS else. A text longer than max_length tokens is cut at its end."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt_text(prompt) + completion, truncation=True, max_length=max_length).input_ids
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [*turns, {"role": "assistant", "content": completion}]
-    options = {"tokenize": True, "return_dict": False, "truncation": True, "max_length": max_length}
-    return tokenizer.apply_chat_template(turns, **options)
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
+    (N,). Forward and backward go by tiles of the vocabulary: there is no (N, V) tensor."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // max(1, len(hidden)))
+        h = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)  # (N, H)
+        logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
+        for start in range(0, len(weight), size):
+            logits = (h @ weight[start : start + size].to(h.dtype).T).float().div_(temperature)  # (N, size)
+            logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
+            inside = ((target >= start) & (target < start + size)).nonzero()[:, 0]  # rows with their target here
+            logit[inside] = logits[inside, target[inside] - start]
+        ctx.save_for_backward(h, weight, target, logsumexp)
+        ctx.temperature, ctx.size = temperature, size
+        return logit - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        h, weight, target, logsumexp = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
+        for start in range(0, len(weight), ctx.size):
+            w = weight[start : start + ctx.size].to(h.dtype)  # (size, H)
+            # d logprob / d logits = onehot(target) - softmax, in fp32: both are near 1 for most tokens
+            d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
+            inside = ((target >= start) & (target < start + ctx.size)).nonzero()[:, 0]
+            d[inside, target[inside] - start] += 1
+            d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
+            d_hidden += d @ w
+            d_weight[start : start + ctx.size] = d.T @ h
+        return d_hidden, d_weight, None, None
 
 
-@torch.no_grad()
-def reward_model_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list[str], max_tokens: int
-) -> list[float]:
-    """The classifier's logit, standardised, for each prompt with its completion, through its own tokenizer."""
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
-    try:
-        ids = [reward_model_ids(*pair, tokenizer, limit) for pair in zip(prompts, completions)]
-    except TemplateError as error:
-        bad_input(f"--reward-model-path: its chat template refuses a prompt: {error}")
-    scores = torch.zeros(len(ids))
-    for batch in make_microbatches([len(sequence) for sequence in ids], max_tokens):
-        inputs, mask = pad_sequences([ids[i] for i in batch], model.config.pad_token_id, "right")  # (b, L)
-        inputs = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
-        if isinstance(getattr(model, "score", None), nn.Linear):  # a bf16 score between 4 and 8 has steps of 1/32
-            hidden = model.base_model(**inputs).last_hidden_state[range(len(batch)), mask.sum(1) - 1]  # (b, H)
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = model.score(hidden.float())  # (b, 1)
-        else:
-            logits = model(**inputs).logits  # (b, 1)
-        scores[batch] = logits[:, 0].float().cpu()
-    return ((scores - model.config.reward_mean) / model.config.reward_std).tolist()
+def fits_tree(model: PreTrainedModel) -> bool:
+    """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
+    config = model.config.get_text_config()
+    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
+    return not unusual and model.config._attn_implementation == "sdpa"
 
 
-def score_completions(
-    prompts: list, completions: list[str], answers: list, weights: list[float], reward_model: PreTrainedModel | None,
-    reward_tokenizer: PreTrainedTokenizerBase | None, max_tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of all rewards (B,), those of REWARDS times their weights, and each by name (B,), nan where it does not
-    apply."""
-    scores = {}
-    for function, _ in REWARDS:
-        scores[function.__name__] = [function(prompt_text(p), c, a) for p, c, a in zip(prompts, completions, answers)]
-    if reward_model is not None:
-        scores["reward_model"] = reward_model_scores(reward_model, reward_tokenizer, prompts, completions, max_tokens)
-        weights = [*weights, 1.0]
-    for name, values in scores.items():
-        for prompt, value in zip(prompts, values):
-            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-                bad_input(f"{name} returned {value!r}, not a finite number, for prompt {prompt_text(prompt)!r}")
-        scores[name] = torch.tensor([math.nan if value is None else float(value) for value in values])  # (B,)
-    table = torch.stack(list(scores.values()))  # (rewards, B)
-    used = table[[weight != 0 for weight in weights]]
-    without = used.isnan().all(0)  # (B,)
-    if without.any():
-        index = int(without.nonzero()[0])
-        bad_input(f"no reward applies to prompt {prompt_text(prompts[index])!r} with answer {answers[index]!r}: "
-                  "each of REWARDS that has a weight returned None")
-    return (torch.tensor(weights)[:, None] * table).nansum(0), scores
+def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
+    prompt's positions."""
+    K, device = len(completions) // len(prompts), model.device
+    if K > 1 and not fits_tree(model):
+        prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
+    rows, predictors = [], []  # (token, position, branch) of inputs; (row, index) of those that predict a token
+    for r, prompt in enumerate(prompts):
+        row = [(token, t, 0) for t, token in enumerate(prompt)]
+        for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
+            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
+            predictors += [(r, index) for index in indices[: len(completion)]]
+            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
+        rows.append(torch.tensor(row))
+    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
+    inputs = {"input_ids": ids, "use_cache": False}
+    if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
+        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
+    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
+    row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
+    return hidden[row, index]
 
 
-def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or another operation) over all processes, in place."""
+def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
+    target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
+    logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
+    return pad_sequence(logprobs.split(lengths), batch_first=True)
+
+
+def completion_values(
+    value_model: PreTrainedModel, value_head: nn.Linear, prompts: list[list[int]], completions: list[list[int]]
+) -> Tensor:
+    """Values (B, T) of the states before the tokens of B completions; 0 after their end. The head is fp32, also under
+    autocast: bf16 would leave the values three digits."""
+    hidden, lengths = completion_states(value_model, prompts, completions), [len(c) for c in completions]
+    with torch.autocast(hidden.device.type, enabled=False):
+        values = value_head(hidden.float())[:, 0]  # (N,)
+    return pad_sequence(values.split(lengths), batch_first=True)
+
+
+def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
+    """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
+    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over its
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
+    L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
+    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
+    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
+    rows = [samples[i : i + K] for i in range(0, len(samples), K)]
+    lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
+    batches: list[tuple[list, list, list]] = []
+    for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
+        if not batches or (len(batches[-1][1]) + 1) * lengths[r] > max_tokens:
+            batches.append(([], [], []))
+        indices, prompts, completions = batches[-1]
+        indices += range(r * K, r * K + K)
+        prompts.append(rows[r][0]["ids"])
+        completions += [s["completion"] for s in rows[r]]
+    return batches
+
+
+def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Each of the tensors (n,) with those of all processes, (world_size * n,), in fp32, in the order of their ranks."""
+    values = {name: value.float().to(device) for name, value in values.items()}
     if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
+        for name, value in values.items():
+            values[name] = value.new_empty(dist.get_world_size() * len(value))
+            dist.all_gather_into_tensor(values[name], value)
+    return values
 
 
-def wait_for_all(device: torch.device) -> None:
-    """No process goes on before all have come here: reading the sum makes it wait, also for CUDA."""
-    all_reduce(torch.zeros(1, device=device)).item()
+def total(x: Tensor) -> Tensor:
+    """Sum of a tensor's elements over all processes."""
+    return gather({"x": x.sum()[None]}, x.device)["x"].sum()
 
 
-def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
-    """Each value's sum over all processes."""
-    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    return dict(zip(values, all_reduce(total).tolist()))
-
-
-@torch.no_grad()
-def evaluate(
-    rollout: Callable, score: Callable, logprobs_fn: Callable, ref_model: PreTrainedModel, examples: list[dict],
-    batch_size: int, max_tokens: int, seed: int, rank: int, world_size: int,
-) -> tuple[dict[str, float], str]:
-    """Metrics over all processes of one completion for each held-out prompt, sampled at temperature 1 (from the same
-    uniform numbers every time) and greedy; and some of the sampled texts as a table."""
-    generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, float] = {}
-    table = "| prompt | completion | reward |\n|---|---|---|\n"
-    for suffix, temperature in (("", 1.0), ("_greedy", 0.0)):
-        for start in range(0, len(examples), batch_size):
-            batch = examples[start : start + batch_size]
-            batch = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-            query, query_mask, response, logprobs, mask, completions = rollout(batch, 1, temperature, generator)
-            rewards, rewards_by_name = score(batch, completions, 1)  # (P,), {name: (P,)}
-            values = {f"eval/reward{suffix}": rewards}
-            values |= {f"eval/{name.removesuffix('_reward')}{suffix}": x for name, x in rewards_by_name.items()}
-            if temperature == 1.0:
-                ref_logprobs = torch.zeros_like(logprobs)  # (P, T)
-                for mb in make_microbatches((query_mask.sum(1) + mask.sum(1)).tolist(), max_tokens):
-                    inputs = (query[mb], query_mask[mb], response[mb, None], mask[mb, None])
-                    ref_logprobs[mb] = logprobs_fn(ref_model, *inputs, 1.0)[:, 0]
-                values["eval/kl"] = (logprobs - ref_logprobs).sum(1)  # (P,): log pi / pi_ref of whole responses, nats
-                values["eval/mean_length"] = mask.sum(1).float()
-                for example, completion, reward in zip(batch[:8] if start == 0 else [], completions, rewards):
-                    cells = [prompt_text(example["prompt"]), completion, f"{reward:.2f}"]
-                    table += "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value.nansum().item()
-                sums[f"{name}/n"] = sums.get(f"{name}/n", 0) + int((~value.isnan()).sum())
-    sums = sum_over_processes(sums, ref_model.device)
-    return {name: total / sums[f"{name}/n"] for name, total in sums.items() if sums.get(f"{name}/n")}, table
-
-
-# ---- saving, resuming, running ---------------------------------------------------------------------------------------
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Hugging Face layout, written aside and then renamed."""
-    aside = folder.with_name(folder.name + ".tmp")
-    try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {folder.parent} is whole")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written aside, flushed to the disk, then renamed: neither a kill nor a full disk harms the last checkpoint."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
-    os.replace(aside, path)
-
-
-def set_up_process(args: Args) -> tuple[torch.device, int, int]:
-    """This process's device, its rank and the number of processes: 0 of 1, unless torchrun says otherwise."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        bad_input("--device cuda, but torch sees no CUDA device")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if on_cuda and local_rank >= torch.cuda.device_count():
-        bad_input(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
-    device = torch.device(f"cuda:{local_rank}" if on_cuda else "cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-        return device, dist.get_rank(), dist.get_world_size()
-    return device, 0, 1
-
-
-def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
-    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
-    if args.resume is not None:
-        return SummaryWriter(run_dir, purge_step=first_step + 1)
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
-    flags = asdict(args)
-    (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
-    writer = SummaryWriter(run_dir)
-    rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
-    writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return writer
-
-
-def load_run(args: Args) -> tuple[Args, dict]:
-    """The flags and the last checkpoint of the run folder --resume."""
-    folder = Path(args.resume)
-    if not (folder / "args.json").is_file() or not (folder / "checkpoint.pt").is_file():
-        bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        if saved["script"] != Path(__file__).name:
-            bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
-        saved_args = Args(**{**flags, "resume": args.resume})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
-    for name in (f.name for f in fields(Args) if f.name != "resume"):
-        if getattr(args, name) != getattr(Args(), name):
-            bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
-    try:
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises one of many kinds
-        bad_input(f"--resume {folder}: checkpoint.pt cannot be read ({error})")
-    return saved_args, state
-
-
-def catch_ctrl_c() -> tuple[list[int], Callable]:
-    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
-    before, to be put back: a second Ctrl-C is for that one."""
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
-    return interrupts, old_handler
-
-
-def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
-    """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
-    for name in positive:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
-            bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in not_negative:
-        if getattr(args, name) is not None and not getattr(args, name) >= 0:
-            bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-
-
-def check_ppo_args(args: Args, world_size: int) -> None:
-    """Whatever the flags alone show to be wrong."""
-    check_ranges(
-        args, ["max_steps", "generation_batch_size", "num_generations", "max_completion_length", "num_ppo_epochs",
-               "num_mini_batches", "target_kl", "kl_target", "kl_horizon", "save_steps", "eval_steps",
-               "max_eval_samples", "max_tokens_per_microbatch", "learning_rate", "temperature", "max_grad_norm",
-               "cliprange_value"],
-        ["warmup_steps", "sft_steps", "weight_decay", "min_lr_rate", "epsilon", "kl_coef", "vf_coef", "ent_coef",
-         "missing_eos_penalty"],
-    )
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(args, name) <= 1:
-            bad_input(f"--{name} must lie between 0 and 1, not be {getattr(args, name)}")
-    if args.generation_batch_size % (args.num_generations * args.num_mini_batches * world_size):
-        bad_input(f"--generation-batch-size {args.generation_batch_size} is not a multiple of --num-generations "
-                  f"{args.num_generations} x --num-mini-batches {args.num_mini_batches} x {world_size} processes")
-    if args.kl_target is not None and args.kl_coef == 0.0:
-        bad_input("--kl-target multiplies --kl-coef, which must not be 0")
-    if args.kl_target is not None and args.kl_horizon < args.generation_batch_size:
-        bad_input(f"--kl-horizon {args.kl_horizon} is less than --generation-batch-size {args.generation_batch_size}")
-    if args.max_eval_samples % world_size:
-        bad_input(f"--max-eval-samples {args.max_eval_samples} does not divide by {world_size} processes")
-    if args.normalize_reward_model and args.reward_model_path is None:
-        bad_input("--normalize-reward-model needs --reward-model-path")
-    if args.dataset_name is not None and args.model_name_or_path is None:
-        bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
-    names = [function.__name__.removesuffix("_reward") for function, _ in REWARDS]
-    if len({*names, "reward", "reward_model", "kl", "mean_length"}) < len(names) + 4:
-        bad_input(f"REWARDS has the names {names}: they must differ, also from reward, reward_model, kl, mean_length")
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """values (B, T) scaled to a standard deviation of 1 (ddof 1, as in TRL) over the real tokens of all processes, with
+    a mean of 0 or, without shift_mean, of what it was; 0 where mask is False."""
+    count = total(mask)
+    mean = total(torch.where(mask, values, 0.0)) / count
+    variance = total(torch.where(mask, values - mean, 0.0).square()) / (count - 1).clamp(min=1)
+    whitened = (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)  # (B, T)
+    return torch.where(mask, whitened, 0.0)
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
-    # ---- set-up: whatever is wrong with flags, model or data is said before anything is written
-    start_time, state = time.time(), None
+    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    # ---- set-up
+    start_time, checkpoint = time.time(), None
     if args.resume is not None:
-        args, state = load_run(args)
-    rewards_with_weights = [[function.__name__, weight] for function, weight in REWARDS]
-    if state is not None and state["rewards"] != rewards_with_weights:
-        bad_input(f"--resume {args.resume} has the REWARDS {state['rewards']}, not {rewards_with_weights}")
-    device, rank, world_size = set_up_process(args)
-    check_ppo_args(args, world_size)
-    args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    embedded = args.model_name_or_path is None
-    initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
-    if embedded and args.resume is None:
-        model, tokenizer = embedded_model(args.seed)
-    else:
-        tokenizer = load_tokenizer(initial, "--model-name-or-path")
-        model = load_model(initial, "--model-name-or-path")
-    if not args.share_value_backbone and type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        bad_input(f"--model-name-or-path: transformers has no sequence classifier of {type(model).__name__}'s kind for "
-                  "the value network; --share-value-backbone does without")
-    config = model.config.get_text_config()
-    cpu_tokens = 4096 if config.vocab_size > 65536 else 1024
-    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
-    reward_model = reward_tokenizer = None
-    if args.reward_model_path is not None:
-        reward_model, reward_tokenizer = load_reward_model(
-            args.reward_model_path, device, args.normalize_reward_model
-        )
-    train_rows, test_rows = load_rows(args) if args.dataset_name else addition_rows(args.seed)
-    room = getattr(config, "max_position_embeddings", math.inf) - args.max_completion_length
-    examples = encode_rows(train_rows, "training", tokenizer, room)
-    test_examples = encode_rows(test_rows[: args.max_eval_samples], "held-out", tokenizer, room)
-    test_examples = test_examples[: len(test_examples) // world_size * world_size]
-    if not test_examples:
-        bad_input(f"--dataset-name: there are fewer held-out rows than {world_size} processes")
-    weights = [weight if reward_model is None else 0.0 for _, weight in REWARDS]
-    check_answers(examples + test_examples, reward_model is not None)
-
-    # ---- run folder, initial model, optimizer
+        run_dir = Path(args.resume)
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+        saved = json.loads((run_dir / "args.json").read_text())
+        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        if changed or saved["script"] != Path(__file__).name:
+            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+        args = Args(**{**saved["args"], "resume": args.resume})
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    B, G, M = args.generation_batch_size, args.num_generations, args.num_mini_batches
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if min(G, M) < 1 or B < 1 or B % (G * M * world_size):
+        raise ValueError(f"--generation-batch-size {B} is no multiple of --num-generations {G} x --num-mini-batches "
+                         f"{M} x {world_size} processes")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_time = all_reduce(torch.tensor(time.time() * (rank == 0), dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    writer = open_run(args, run_dir, state["step"] if state is not None else 0) if rank == 0 else None
-    if embedded and args.resume is None:
-        initial = f"{run_dir}/sft"
-        if rank == 0:
-            supervised_phase(model.to(device), tokenizer, train_rows, args.sft_steps, args.seed)
-            save_model(Path(initial), model, tokenizer)
-        wait_for_all(device)
-        model = load_model(initial, "--model-name-or-path")
-    model.to(device)
-    states_fn = choose_states_fn(model, test_examples[0]["ids"])
-    if states_fn is padded_states and rank == 0:
-        print("a tree mask does not fit this architecture: the update pads completions instead of packing them")
-    ref_model = load_model(initial, "--model-name-or-path").to(device)
-    if args.share_value_backbone:  # critic: what its own optimizer trains, the value network or the head alone
-        value_model = model
-        critic = value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, bias=False).to(device)
-        nn.init.zeros_(value_head.weight)
-    else:
-        rated = reward_model is not None and reads_alike(reward_model, reward_tokenizer, model, tokenizer)
-        name, flag = (args.reward_model_path, "--reward-model-path") if rated else (initial, "--model-name-or-path")
-        value_model = load_model(name, flag, AutoModelForSequenceClassification, new_head=True, num_labels=1)
-        critic, value_head = value_model.to(device), value_model.score
-        if rated:  # Stiennon et al. 2020, 3.4; its values on the scale of the scores
-            mean, std = reward_model.config.reward_mean, reward_model.config.reward_std
-            value_head.weight.data.div_(std)
-            value_head.bias = nn.Parameter(torch.tensor([-mean / std], device=device))
-        else:
-            nn.init.zeros_(value_head.weight)  # Ziegler et al.'s code: the first values are 0
-        if rank == 0 and args.resume is None:
-            print(f"the value network starts from {name}")
+    unix_time = torch.tensor(int(start_time), device=device)
+    if dist.is_initialized():
+        dist.broadcast(unix_time, 0)
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
+    initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
+    if rank == 0:
+        print(run_dir)
+        if args.model_name_or_path is None and args.resume is None:
+            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+    if dist.is_initialized():
+        dist.barrier()
+    model, tokenizer = load_pretrained(initial, "--model-name-or-path")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    splits = load_rows(args) if args.dataset_name else addition_rows()
+    train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
+    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+        counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
+        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+    held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
+    if not train or not held_out:
+        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
+    reward_model = load_reward_model(args, device) if args.reward_model_path is not None else None
+    if reward_model is None and [function for function, weight in REWARDS if weight] == [accuracy_reward]:
+        for e in train + held_out:
+            if accuracy_reward("", "", e["answer"]) is None:
+                raise ValueError(f"--dataset-name: {e['prompt']!r} has the answer {e['answer']!r}, not a number")
+    ref_model = load_pretrained(initial, "--model-name-or-path")[0].to(device)
+    value_model, value_head = load_value_model(args, model, tokenizer, initial)
+    critic = value_head if args.share_value_backbone else nn.ModuleList([value_model, value_head])
     if args.gradient_checkpointing:
-        for network in dict.fromkeys((model, value_model)):
+        for network in {model, value_model}:
             network.activation_checkpointing_enable({"use_reentrant": False})
-    eos_ids = model.generation_config.eos_token_id
-    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
-    stop_ids = sorted({*args.stop_token_ids, *eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
-    peak_lr = args.learning_rate or (1e-3 if embedded else 3e-6)
-    optimizer, critic_optimizer = (
-        torch.optim.AdamW(network.parameters(), lr=peak_lr, eps=1e-5, weight_decay=args.weight_decay, fused=True)
-        for network in (model, critic)
-    )
-    generator = torch.Generator().manual_seed(args.seed)
-    metrics: dict[str, float] = {}
-    first_step, num_tokens, seconds_before, kl_coef = 0, 0, 0.0, args.kl_coef
-    if state is not None:
-        model.load_state_dict(state["model"])
-        critic.load_state_dict(state["critic"])
-        optimizer.load_state_dict(state["optimizer"])
-        critic_optimizer.load_state_dict(state["critic_optimizer"])
-        generator.set_state(state["generator"])
-        metrics, first_step, num_tokens = state["metrics"], state["step"], state["num_tokens"]
-        seconds_before, kl_coef = state["seconds"], state["kl_coef"]
-        del state  # else the weights and moments stay in memory twice
+    eos = model.generation_config.eos_token_id  # id(s) or None. BOS stops too: some models end a text with it
+    stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
+    peak_lr = (3e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
+    parameters = [*model.to(device).parameters(), *critic.to(device).parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, eps=1e-5, weight_decay=0.0, fused=True)
+    schedule = args.max_steps * args.num_ppo_epochs * M, args.warmup_steps, args.lr_scheduler_type
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
+    state = {"model": model, "critic": critic, "optimizer": optimizer, "scheduler": scheduler}
+    progress = {"step": 0, "num_tokens": 0, "metrics": {}}
+    if checkpoint is not None:
+        progress = {name: checkpoint[name] for name in progress}
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
+        if args.resume is None:
+            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
 
-    # ---- what training and evaluation share
-    def rollout(batch: list[dict], num_generations: int, temperature: float, generator: torch.Generator) -> tuple:
-        """Left-padded queries (P, L_q), their mask, and sample()'s responses to them as ids and as texts."""
-        query, query_mask = pad_sequences([example["ids"] for example in batch], tokenizer.pad_token_id, "left")
-        query, query_mask = query.to(device), query_mask.to(device)  # (P, L_q)
+    def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
+        """k samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*k, T)."""
+        P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
+        examples = examples[rank * P : (rank + 1) * P]
+        query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
+        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # skip lower ranks'
         with autocast():
             response, logprobs, mask = sample(
-                model, query, query_mask, num_generations, args.max_completion_length, temperature, stop_ids,
-                tokenizer.pad_token_id, generator, rank, world_size,
-            )  # (P*G, T)
-        return query, query_mask, response, logprobs, mask, decode_responses(tokenizer, query, response, mask)
-
-    def score(batch: list[dict], completions: list[str], num_generations: int) -> tuple[Tensor, dict[str, Tensor]]:
-        prompts, answers = ([e[key] for e in batch for _ in range(num_generations)] for key in ("prompt", "answer"))
-        with autocast():
-            return score_completions(
-                prompts, completions, answers, weights, reward_model, reward_tokenizer, max_tokens
+                model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,
+                temperature, stop_ids, tokenizer.pad_token_id, rng,
             )
+        samples = []
+        for i, (ids, kept) in enumerate(zip(response.cpu(), mask.cpu())):
+            example, completion = examples[i // k], ids[kept].tolist()
+            # Decoded alone, some completions would lose their first space.
+            texts = tokenizer.batch_decode([example["ids"], example["ids"] + completion], skip_special_tokens=True)
+            samples.append({**example, "completion": completion, "text": texts[1][len(texts[0]) :]})
+        return samples, logprobs, mask
 
-    def forward_logprobs(
-        model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor, temperature: float
-    ) -> Tensor:
-        with autocast():
-            states = states_fn(model, query, query_mask, response, mask)  # (N, H)
-            return completion_logprobs(model, states, response, mask, temperature)  # (R, K, T)
-
-    def forward_values(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-        with autocast():
-            states = states_fn(value_model, query, query_mask, response, mask)  # (N, H)
-        return completion_values(value_head, states, mask)  # (R, K, T)
-
-    def forward_both(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast():
-            states = states_fn(model, query, query_mask, response, mask)  # (N, H)
-            logprobs = completion_logprobs(model, states, response, mask, args.temperature)  # (R, K, T)
-            if value_model is not model:
-                states = states_fn(value_model, query, query_mask, response, mask)
-        return logprobs, completion_values(value_head, states, mask)  # (R, K, T)
-
-    def run_evaluation(step: int) -> dict[str, float]:
-        results, table = evaluate(
-            rollout, score, forward_logprobs, ref_model, test_examples, args.generation_batch_size, max_tokens,
-            args.seed, rank, world_size,
-        )
+    def evaluate(step: int) -> dict[str, float]:
+        """Metrics on held-out prompts: samples at temperature 1, from the same random numbers each time, and greedy."""
+        values, text = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
+        for start in range(0, len(held_out), B // G):
+            for k, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
+                samples, logprobs, mask = rollout(held_out[start : start + B // G], k, temperature, args.seed + start)
+                rewards, by_name = score_completions(samples, reward_model)  # (P*k,), each (P*k,)
+                rewards = by_name.get("reward_model", rewards)  # with a reward model, functions are only logged
+                figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
+                if temperature == 1.0:
+                    kl = logprobs.sum(1)  # (P*k,): log pi / pi_ref of whole completions
+                    for mb, *inputs in pack(model, samples, k, args.max_tokens_per_microbatch):
+                        with torch.no_grad(), autocast():
+                            kl[mb] -= completion_logprobs(ref_model, *inputs, 1.0).sum(1)
+                    figures |= {"kl": kl, "mean_length": mask.sum(1)}
+                    if "accuracy" in figures:
+                        figures[f"pass@{k}"] = figures["accuracy"].view(-1, k).amax(1)  # (P,)
+                    for s, reward in zip(samples[::k], rewards[::k] if start == 0 else ()):
+                        text += f"| {s['prompt']} | {s['text']} | {reward:.2f}".replace("\n", " ") + " |\n"
+                for name, x in figures.items():
+                    values[f"eval/{name}{suffix}"].append(x.to(device))
+        values = gather({name: torch.cat(x) for name, x in values.items()}, device)
+        results = {name: x.nanmean().item() for name, x in values.items() if not x.isnan().all()}
         if rank == 0:
-            writer.add_text("samples", table, step)
+            writer.add_text("samples", text, step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
         return results
 
-    def save(path: Path, step: int) -> None:
-        if rank == 0:
-            seconds = seconds_before + time.time() - start_time
-            save_checkpoint(path, {
-                "step": step, "model": model.state_dict(), "critic": critic.state_dict(),
-                "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-                "generator": generator.get_state(), "metrics": metrics, "num_tokens": num_tokens, "seconds": seconds,
-                "rewards": rewards_with_weights,
-                "kl_coef": kl_coef,
-            })
-
     if args.resume is None:
-        metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
+        progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
-    done, batch_size, G, M = first_step, args.generation_batch_size, args.num_generations, args.num_mini_batches
-    num_prompts = batch_size // G  # of all processes
-    interrupts, old_handler = catch_ctrl_c()
-    bar = trange(first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank != 0)
+    epochs = [random.Random(f"{args.seed} {e}") for e in range(args.max_steps * B // G // len(train) + 1)]
+    order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
+    bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start = time.time()
-        batch = [examples[i] for i in data_order(step * num_prompts, num_prompts, len(examples), args.seed)]
-        batch = batch[rank * num_prompts // world_size : (rank + 1) * num_prompts // world_size]
-        query, query_mask, response, old_logprobs, mask, completions = rollout(batch, G, args.temperature, generator)
-        stopped = (torch.isin(response, torch.tensor(stop_ids, device=device)) & mask).any(1)  # (P*G,)
+        step_start, seed = time.time(), args.seed * 1_000_000 + step  # order and seed need no checkpoint
+        samples, old_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
+        stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
+        num_tokens = total(mask)
 
         # ---- reward
-        scores, rewards_by_name = score(batch, completions, G)  # (P*G,), {name: (P*G,)}
-        scores = scores.to(device) - args.missing_eos_penalty * ~stopped
-        # a row is a prompt with K of its completions, all G unless they outgrow a micro-batch
-        L_q, T = query.shape[1], response.shape[1]
-        sizes = [K for K in range(1, G + 1) if G % K == 0 and L_q + K * T <= max_tokens]
-        K = max(sizes, default=1) if states_fn is packed_states else 1
-        trees = {"query": query, "query_mask": query_mask}
-        trees = {name: x.repeat_interleave(G // K, 0) for name, x in trees.items()}  # (R, L_q)
-        trees |= {name: x.view(-1, K, T) for name, x in (("response", response), ("mask", mask))}  # (R, K, T)
-        lengths = trees["query_mask"].sum(1) + trees["mask"].sum((1, 2))  # (R,)
-        inputs = ("query", "query_mask", "response", "mask")
-        ref_logprobs, old_values = torch.zeros(2, *trees["mask"].shape, device=device)  # (R, K, T)
-        for rows in make_microbatches(lengths.tolist(), max_tokens):
-            with torch.no_grad():
-                mb_inputs = [trees[name][rows] for name in inputs]
-                ref_logprobs[rows] = forward_logprobs(ref_model, *mb_inputs, args.temperature)
-                old_values[rows] = forward_values(*mb_inputs)
-        ref_logprobs, old_values = ref_logprobs.view_as(mask), old_values.view_as(mask)  # (P*G, T)
-        log_ratio = old_logprobs - ref_logprobs  # (P*G, T): log pi / pi_ref; in bf16 0 only on average at the start
-        rewards = token_rewards(scores, log_ratio, mask, kl_coef)  # (P*G, T)
+        scores, scores_by_name = score_completions(samples, reward_model)  # (P*G,), each (P*G,)
+        scores = scores_by_name.get("reward_model", scores).to(device)  # with a reward model, functions are only logged
+        scores = scores - args.missing_eos_penalty * ~stopped  # (P*G,)
+        ref_logprobs, old_values = torch.zeros_like(old_logprobs), torch.zeros_like(old_logprobs)  # (P*G, T)
+        for mb, *inputs in pack(model, samples, G, args.max_tokens_per_microbatch):
+            with torch.no_grad(), autocast():
+                mb_logprobs = completion_logprobs(ref_model, *inputs, args.temperature)  # (b, T)
+                ref_logprobs[mb, : mb_logprobs.shape[1]] = mb_logprobs
+                old_values[mb, : mb_logprobs.shape[1]] = completion_values(value_model, value_head, *inputs)
+        log_ratio = old_logprobs - ref_logprobs  # (P*G, T): log pi / pi_ref
+        rewards = token_rewards(scores, log_ratio, mask, args.kl_coef)  # (P*G, T)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 
         # ---- advantage
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)  # (P*G, T)
-        errors, targets = (returns - old_values).double(), returns.double()  # (P*G, T)
-        sums = {
-            "tokens": mask.sum(), "prompt_tokens": query_mask.sum() * G, "truncated": (~stopped).sum(),
-            "scores": scores.sum(), "squares": scores.square().sum(), "kl": log_ratio.sum(),
-            "logprobs": old_logprobs.sum(), "returns": targets.sum(), "returns_squared": targets.square().sum(),
-            "errors": errors.sum(), "errors_squared": errors.square().sum(),
-        }
-        for name, values in rewards_by_name.items():
-            sums |= {f"rewards/{name}": values.nansum(), f"rewards/{name}/n": (~values.isnan()).sum()}
-        sums = sum_over_processes(sums, device)
         columns = {
             "old_logprobs": old_logprobs, "advantages": whiten(advantages, mask), "old_values": old_values,
-            "returns": returns,  # of the raw advantages
-        }
-        trees |= {name: x.view(-1, K, T) for name, x in columns.items()}  # (R, K, T)
+            "returns": returns, "mask": mask,
+        }  # (P*G, T) each
 
         # ---- update
-        stats: dict[str, Tensor] = {}
-        logprob_difference, epochs, kl_before = torch.zeros((), device=device), 0, 0.0
-        grad_norms: list[Tensor] = []  # of the policy and the value network, (2,) each
+        stats, num_passes, pass_kl = defaultdict(float), 0, 0.0
+        difference = torch.full_like(old_logprobs, math.nan)  # (P*G, T)
+        lots = torch.Generator().manual_seed(seed)
         model.train()
         value_model.train()
         for epoch in range(args.num_ppo_epochs):
-            # of every M prompts in a row each minibatch gets one, by lot: as many as any other, in every process
-            lot = torch.rand(num_prompts // M, M, generator=generator).argsort(1)
-            lot += M * torch.arange(num_prompts // M)[:, None]  # (P/M, M)
-            lot = lot.chunk(world_size)[rank] - rank * num_prompts // world_size
-            for minibatch in range(M):
-                rows = lot[:, minibatch, None] * (G // K) + torch.arange(G // K)  # (P/M, G/K)
-                rows = rows.flatten().to(device)
-                minibatch_tokens = all_reduce(trees["mask"][rows].sum()).item()
-                lr = peak_lr * lr_factor(
-                    (step * args.num_ppo_epochs + epoch) * M + minibatch, args.max_steps * args.num_ppo_epochs * M,
-                    args.warmup_steps, args.lr_scheduler_type, args.min_lr_rate,
-                )
-                for group in optimizer.param_groups + critic_optimizer.param_groups:
-                    group["lr"] = lr
-                for chosen in make_microbatches(lengths[rows].tolist(), max_tokens):
-                    mb = {name: x[rows[chosen]] for name, x in trees.items()}
-                    mb_logprobs, mb_values = forward_both(*(mb[name] for name in inputs))  # (R, K, T)
-                    loss, mb_stats = ppo_loss(
-                        mb_logprobs, mb["old_logprobs"], mb["advantages"], mb_values, mb["old_values"], mb["returns"],
-                        mb["mask"], args.epsilon, args.cliprange_value, args.vf_coef, args.ent_coef, minibatch_tokens,
-                    )
+            if args.target_kl is not None and pass_kl > args.target_kl:
+                break
+            kl_before = stats["policy/approxkl_avg"]
+            # By lot, each minibatch gets one of every M consecutive prompts: as many as any other, in every process.
+            lot = torch.rand(B // G // M, M, generator=lots).argsort(1) + M * torch.arange(B // G // M)[:, None]
+            for minibatch, prompts in enumerate((lot.chunk(world_size)[rank] - rank * B // G // world_size).T):
+                chosen = (G * prompts[:, None] + torch.arange(G)).flatten()  # (P/M*G,)
+                minibatch_tokens = total(mask[chosen])
+                limits = {
+                    "epsilon": args.epsilon, "cliprange_value": args.cliprange_value, "vf_coef": args.vf_coef,
+                    "ent_coef": args.ent_coef, "num_tokens": minibatch_tokens,
+                }
+                for mb, *inputs in pack(model, [samples[i] for i in chosen], G, args.max_tokens_per_microbatch):
+                    with autocast():
+                        mb_logprobs = completion_logprobs(model, *inputs, args.temperature)  # (b, T)
+                    mb, T = chosen[mb], mb_logprobs.shape[1]
+                    fixed = {name: x[mb, :T] for name, x in columns.items()} | limits
+                    if epoch == minibatch == 0:
+                        gap = (mb_logprobs.detach() - fixed["old_logprobs"]).abs()  # (b, T)
+                        difference[mb, :T] = torch.where(fixed["mask"], gap, math.nan)
+                    # The old log-probabilities are the sampler's: the policy has moved before most minibatches are
+                    # first visited, and the sampler's rounding is far below epsilon, also in bf16.
+                    policy_loss, _ = ppo_loss(mb_logprobs, values=fixed["old_values"], **fixed)
+                    policy_loss.backward()  # frees the policy's graph before the value network builds its own
+                    with autocast():
+                        mb_values = completion_values(value_model, value_head, *inputs)  # (b, T)
+                    loss, mb_stats = ppo_loss(mb_logprobs.detach(), values=mb_values, **fixed)
                     loss.backward()
                     for name, value in mb_stats.items():
-                        stats[name] = stats.get(name, 0.0) + value * minibatch_tokens / sums["tokens"]
-                    if epoch == minibatch == 0:
-                        difference = (mb_logprobs.detach() - mb["old_logprobs"]).abs().max()
-                        logprob_difference = torch.maximum(logprob_difference, difference)
-                for parameter in [*model.parameters(), *critic.parameters()]:
-                    if parameter.grad is not None:  # by hand: DDP wants as many micro-batches in every process
-                        all_reduce(parameter.grad)
-                norms = [nn.utils.clip_grad_norm_(x.parameters(), args.max_grad_norm) for x in (model, critic)]
-                grad_norms.append(torch.stack(norms))  # (2,)
-                if not grad_norms[-1].isfinite().all():
-                    save(run_dir / "nonfinite.pt", step)
-                    wait_for_all(device)
-                    bad_input(f"a gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
-                for network_optimizer in (optimizer, critic_optimizer):
-                    network_optimizer.step()
-                    network_optimizer.zero_grad()  # gradients take no memory while the next rollout is sampled
-            epochs += 1
-            if args.target_kl is not None:
-                kl_sum = all_reduce(stats["policy/approxkl_avg"].clone()).item()
-                if kl_sum - kl_before > args.target_kl:
-                    break
-                kl_before = kl_sum
+                        stats[name] += value[None] * minibatch_tokens / num_tokens
+                for parameter in parameters:  # DDP would need as many micro-batches in every process
+                    if dist.is_initialized() and parameter.grad is not None:
+                        dist.all_reduce(parameter.grad)
+                for name, network in (("train/grad_norm", model), ("val/grad_norm", critic)):
+                    norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                    stats[name] += norm[None] / M / world_size
+                learning_rate = scheduler.get_last_lr()[0]
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()  # gradients take no memory during the next rollout
+            num_passes += 1
+            pass_kl = total(stats["policy/approxkl_avg"] - kl_before)
+        for _ in range((args.num_ppo_epochs - num_passes) * M):
+            scheduler.step()  # skipped passes do not change the schedule
 
-        # ---- log
-        logs = sum_over_processes({**stats, "interrupts": len(interrupts)}, device)
-        interrupted = logs.pop("interrupts") > 0
-        logs = {name: value / epochs for name, value in logs.items()}
-        all_reduce(logprob_difference, dist.ReduceOp.MAX)
-        num_tokens += int(sums["tokens"] + sums["prompt_tokens"])
-        mean_score, kl, tokens = sums["scores"] / batch_size, sums["kl"] / batch_size, sums["tokens"]
-        grad_norm, critic_grad_norm = torch.stack(grad_norms).mean(0).tolist()
-        variance = sums["returns_squared"] / tokens - (sums["returns"] / tokens) ** 2
-        unexplained = sums["errors_squared"] / tokens - (sums["errors"] / tokens) ** 2
-        for name in rewards_by_name:
-            if sums[f"rewards/{name}/n"]:
-                logs[f"train/rewards/{name}/mean"] = sums[f"rewards/{name}"] / sums[f"rewards/{name}/n"]
+        # ---- log: means over the whole update and all processes
+        figures = gather({
+            "score": scores, "stopped": stopped, "length": mask.sum(1), "kl": log_ratio.sum(1),
+            "logprobs": old_logprobs.sum(1), "prompt_length": torch.tensor([len(s["ids"]) for s in samples]),
+            "difference_max": difference.nan_to_num(0.0).amax(1),
+        }, device)  # each (P*G,) of all processes
+        score, kl = figures["score"].mean(), figures["kl"].mean()
+        unexplained, variance = (
+            total((x - total(x) / num_tokens).square() * mask) for x in (advantages, returns)
+        )  # times the number of tokens
+        progress["num_tokens"] += int(num_tokens + figures["prompt_length"].sum())
+        progress["step"] = step + 1
+        logs = {name: x.sum() / num_passes for name, x in gather(stats, device).items()}
+        logs |= {f"train/rewards/{name}/mean": x.nanmean() for name, x in gather(scores_by_name, device).items()}
         logs |= {
-            "objective/scores": mean_score,
-            "objective/kl": kl,
-            "objective/kl_coef": kl_coef,
-            "objective/non_score_reward": -kl_coef * kl,
-            "objective/rlhf_reward": mean_score - kl_coef * kl,
-            "objective/entropy": -sums["logprobs"] / batch_size,  # unbiased: the tokens are the policy's own samples
-            "train/reward_std": max(0.0, sums["squares"] / batch_size - mean_score**2) ** 0.5,
-            "losses/explained_variance": 1 - unexplained / variance if variance > 0 else math.nan,
-            "policy/epochs": epochs,
-            "train/completions/mean_length": tokens / batch_size,
-            "train/completions/clipped_ratio": sums["truncated"] / batch_size,
-            "train/sampling/sampling_logp_difference/max": logprob_difference.item(),
-            "train/grad_norm": grad_norm,
-            "val/grad_norm": critic_grad_norm,
-            "train/num_tokens": num_tokens,
-            "charts/learning_rate": lr,
-            "charts/SPS": tokens / (time.time() - step_start),
+            "objective/scores": score, "train/reward_std": figures["score"].std(correction=0),
+            "objective/kl": kl, "objective/non_score_reward": -args.kl_coef * kl,
+            "objective/rlhf_reward": score - args.kl_coef * kl,
+            "objective/entropy": -figures["logprobs"].mean(),  # an estimate from the policy's own samples
+            "losses/explained_variance": 1 - unexplained / variance,
+            "policy/epochs": num_passes,
+            "train/completions/mean_length": num_tokens / B, "train/num_tokens": progress["num_tokens"],
+            "train/completions/clipped_ratio": 1 - figures["stopped"].mean(),
+            "train/sampling/sampling_logp_difference/mean": total(difference.nansum()) / total(~difference.isnan()),
+            "train/sampling/sampling_logp_difference/max": figures["difference_max"].max(),
+            "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
-        if args.kl_target is not None:
-            kl_coef = adapted_kl_coef(kl_coef, kl, args.kl_target, args.kl_horizon, batch_size)
+        if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):
+            raise ValueError(f"{type(model).__name__} is not supported: sampler and update disagree (scaled logits?)")
+        bar.set_postfix_str(f"score {score:.2f}, KL {kl:.2f}, length {num_tokens / B:.1f}")
         if rank == 0:
             for name, value in logs.items():
                 writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"score {mean_score:.2f}, KL {kl:.2f}, length {tokens / batch_size:.1f}")
 
         # ---- evaluate, save
-        done = step + 1
-        if done % args.eval_steps == 0 and done < args.max_steps and not interrupted:
-            run_evaluation(done)
-        if done % args.save_steps == 0 or done == args.max_steps or interrupted:
-            save(run_dir / "checkpoint.pt", done)
-        if interrupted:
-            break
+        if (step + 1) % args.eval_steps == 0 and step + 1 < args.max_steps:
+            evaluate(step + 1)
+        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
+            # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
+            model.save_pretrained(run_dir / "model.tmp")
+            tokenizer.save_pretrained(run_dir / "model.tmp")
+            torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
+            shutil.rmtree(run_dir / "model", ignore_errors=True)
+            os.replace(run_dir / "model.tmp", run_dir / "model")
+            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    signal.signal(signal.SIGINT, old_handler)
-    if rank == 0:
-        save_model(run_dir / "model", model, tokenizer)
-    wait_for_all(device)  # one that ended early would have torchrun end the others
-    if done < args.max_steps:
-        if rank == 0:
-            print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
-        raise SystemExit(130)
-    metrics |= run_evaluation(args.max_steps)
-    metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
+    metrics = progress["metrics"] | evaluate(args.max_steps) | {"seed": args.seed}
+    metrics["wall_seconds"] = time.time() - start_time
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name in metrics:
-            if f"{name}_before" in metrics:
-                print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        for name, before in progress["metrics"].items():
+            print(f"{name.removesuffix('_before')}: {before:.3f} -> {metrics[name.removesuffix('_before')]:.3f}")
         print(run_dir)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1472,12 +866,9 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli_args = tyro.cli(Args)
-    others = [flag for flag in sys.argv[1:] if flag.startswith("--") and not flag.startswith("--resume")]
-    if cli_args.resume is not None and others:
-        bad_input(f"{others[0]} cannot be given beside --resume, which takes that run's flags")
     try:
-        main(cli_args)
-    except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
-        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
-        raise SystemExit(130) from None
+        main(tyro.cli(Args))
+    except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
+        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
+        raise SystemExit(2) from None

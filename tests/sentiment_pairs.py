@@ -17,24 +17,27 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import ppo_llm
+from ppo_llm import Args, completion_logprobs, encode_rows, load_pretrained, load_reward_model, sample
 
 HELD_OUT, TOKENS = 200, 48
 
 
-def sample_texts(model, tokenizer, prompts: list[str], count: int, seed: int) -> tuple[list[str], tuple]:
-    """count completions of each prompt, as texts and as sample()'s tensors; prompts of equal length are not needed."""
-    ids = [ppo_llm.encode_prompt(prompt, tokenizer) for prompt in prompts]
-    query, query_mask = ppo_llm.pad_sequences(ids, tokenizer.pad_token_id, "left")
+def draw(model, tokenizer, rows: list[dict], count: int, seed: int) -> tuple[list[dict], torch.Tensor]:
+    """count samples {..., completion, text} per row, as main's rollout makes them, and their logprobs (P*count, T)."""
+    examples = encode_rows(rows, tokenizer, 10**6)
+    query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
     eos = model.generation_config.eos_token_id
-    stop_ids = sorted(
-        {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-    )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = ppo_llm.sample(
-        model, query, query_mask, count, TOKENS, 1.0, stop_ids, tokenizer.pad_token_id, generator
+    stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    response, logprobs, mask = sample(
+        model, query.input_ids, query.attention_mask, count, TOKENS, 1.0, [*stop_ids], tokenizer.pad_token_id,
+        torch.Generator().manual_seed(seed),
     )  # fmt: skip
-    return ppo_llm.decode_responses(tokenizer, query, drawn[0], drawn[2]), (query, query_mask, *drawn)
+    samples = []
+    for i, (ids, kept) in enumerate(zip(response, mask)):
+        example, completion = examples[i // count], ids[kept].tolist()
+        texts = tokenizer.batch_decode([example["ids"], example["ids"] + completion], skip_special_tokens=True)
+        samples.append({**example, "completion": completion, "text": texts[1][len(texts[0]) :]})
+    return samples, logprobs
 
 
 def main() -> None:
@@ -47,31 +50,28 @@ def main() -> None:
     parser.add_argument("--pairs", help="make: the file to write")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    prompts = [row["prompt"] for row in ppo_llm.read_jsonl(Path(options.prompts))]
-    rater = ppo_llm.load_reward_model(options.reward_model, torch.device("cpu"), normalize=False)
+    rows = [json.loads(line) for line in Path(options.prompts).read_text().splitlines()]
+    score = load_reward_model(Args(reward_model_path=options.reward_model), torch.device("cpu"))
     if options.action == "make":
-        model, tokenizer = (f(options.model, "--model") for f in (ppo_llm.load_model, ppo_llm.load_tokenizer))
+        model, tokenizer = load_pretrained(options.model, "--model")
         with open(options.pairs, "w") as file:
-            for start in range(0, len(prompts) - HELD_OUT, 32):
-                batch = prompts[start : min(start + 32, len(prompts) - HELD_OUT)]
-                texts, _ = sample_texts(model, tokenizer, batch, 8, options.seed + start)
-                scores = ppo_llm.reward_model_scores(*rater, [p for p in batch for _ in range(8)], texts, 4096)
-                for i, prompt in enumerate(batch):
-                    ranked = sorted(range(8 * i, 8 * i + 8), key=scores.__getitem__)
-                    row = {"prompt": prompt, "chosen": texts[ranked[-1]], "rejected": texts[ranked[0]]}
-                    file.write(json.dumps(row) + "\n")
+            for start in range(0, len(rows) - HELD_OUT, 32):
+                samples, _ = draw(model, tokenizer, rows[start : len(rows) - HELD_OUT][:32], 8, options.seed + start)
+                scores = score(samples).tolist()
+                for i in range(0, len(samples), 8):
+                    ranked = sorted(range(i, i + 8), key=scores.__getitem__)
+                    pair = {"chosen": samples[ranked[-1]]["text"], "rejected": samples[ranked[0]]["text"]}
+                    file.write(json.dumps({"prompt": samples[i]["prompt"], **pair}) + "\n")
         return
-    initial = ppo_llm.load_model(options.initial, "--initial")
-    held_out = prompts[-HELD_OUT:]
+    initial, _ = load_pretrained(options.initial, "--initial")
     for name, folder in (("before", options.initial), ("after", options.model)):
-        model, tokenizer = (f(folder, "--model") for f in (ppo_llm.load_model, ppo_llm.load_tokenizer))
-        texts, (query, query_mask, response, logprobs, mask) = sample_texts(model, tokenizer, held_out, 1, options.seed)
-        scores = ppo_llm.reward_model_scores(*rater, held_out, texts, 4096)
+        model, tokenizer = load_pretrained(folder, "--model")
+        samples, logprobs = draw(model, tokenizer, rows[-HELD_OUT:], 1, options.seed)
         with torch.no_grad():
-            states = ppo_llm.padded_states(initial, query, query_mask, response[:, None], mask[:, None])
-            reference = ppo_llm.completion_logprobs(initial, states, response[:, None], mask[:, None], 1.0)[:, 0]
-        kl = (logprobs - reference).sum(1).mean()
-        print(f"{name}: mean reward {sum(scores) / len(scores):.2f}, KL {kl:.2f} nats; {held_out[0] + texts[0]!r}")
+            prompts, completions = ([s[key] for s in samples] for key in ("ids", "completion"))
+            kl = (logprobs - completion_logprobs(initial, prompts, completions, 1.0)).sum(1).mean()
+        print(f"{name}: mean reward {score(samples).mean():.2f}, KL {kl:.2f} nats; "
+              f"{samples[0]['prompt'] + samples[0]['text']!r}")  # fmt: skip
 
 
 if __name__ == "__main__":

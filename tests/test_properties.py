@@ -13,21 +13,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dpo import dpo_loss
 from gail import gae_episodic
-from grpo_llm import completion_logprobs as grpo_completion_logprobs
-from grpo_llm import group_advantages, pack
-from grpo_llm import sample as grpo_sample
+from grpo_llm import completion_logprobs, group_advantages, pack, sample
 from maxent_irl import importance_weights, occupancy, soft_value_iteration
-from ppo_llm import (
-    completion_logprobs,
-    gae,
-    make_microbatches,
-    packed_states,
-    pad_sequences,
-    padded_states,
-    response_logprobs,
-    sample,
-    whiten,
-)
+from ppo_llm import gae, whiten
 from reward_model import bradley_terry_loss, packed_scores, plackett_luce_loss, separate_scores
 
 
@@ -97,12 +85,13 @@ def completions(draw) -> tuple:
 
 
 @examples(150)
-@given(completions(), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([sample, grpo_sample]))
-def test_a_response_goes_to_its_first_stop_id_whatever_the_ids_and_the_pad_id(completions, G, temperature, sample):
+@given(completions(), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_response_goes_to_its_first_stop_id_whatever_the_ids_and_the_pad_id(completions, G, temperature):
     scripts, stop_ids, pad_id, lengths, vocabulary = completions
     (P, T), model = scripts.shape, Scripted(scripts, lengths, vocabulary)
-    prompts = [[pad_id] * (length - 1) + [i] for i, length in enumerate(lengths)]
-    query, query_mask = pad_sequences(prompts, pad_id, "left")
+    query = torch.full((P, max(lengths)), pad_id)
+    query[:, -1] = torch.arange(P)
+    query_mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
     response, logprobs, mask = sample(
         model, query, query_mask, G, T, temperature, stop_ids, pad_id, torch.Generator().manual_seed(0)
     )
@@ -118,19 +107,7 @@ def test_a_response_goes_to_its_first_stop_id_whatever_the_ids_and_the_pad_id(co
 # ---- packing
 
 
-@examples(200)
-@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
-def test_microbatches_cover_every_row_once_within_the_budget_and_are_full(tokens, max_tokens):
-    batches = make_microbatches(tokens, max_tokens)
-    assert sorted(itertools.chain(*batches)) == list(range(len(tokens)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(tokens[i] for i in batch) <= max_tokens
-    for batch, following in zip(batches, batches[1:]):
-        assert (len(batch) + 1) * tokens[following[0]] > max_tokens
-
-
 TOKENS = st.integers(0, 19)
-IDS = st.lists(TOKENS, min_size=1, max_size=5)
 
 
 @st.composite
@@ -140,14 +117,6 @@ def trees(draw, shortest: int, tokens: st.SearchStrategy[int] = TOKENS) -> tuple
     answers = lists(st.lists(tokens, min_size=shortest, max_size=5), K)
     prompt = st.lists(tokens, min_size=1, max_size=5)
     return (*zip(*draw(st.lists(st.tuples(prompt, answers), min_size=1, max_size=3))), draw(TOKENS))
-
-
-def pad_tree(prompts, answers, pad_id: int, side: str = "left") -> tuple[torch.Tensor, ...]:
-    """query (R, L_q), query_mask, response (R, K, T) and its mask; T is at least 1."""
-    longest = max(1, *(len(ids) for group in answers for ids in group))
-    response, mask = pad_sequences([*itertools.chain(*answers), [pad_id] * longest], pad_id, "right")
-    shape = (len(prompts), len(answers[0]), longest)
-    return *pad_sequences(list(prompts), pad_id, side), response[:-1].view(shape), mask[:-1].view(shape)
 
 
 def alone(model, prompt: list[int], answer: list[int], temperature: float) -> torch.Tensor:
@@ -161,26 +130,6 @@ def llama():
     return make_model("llama").requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    "states_fn, side", [(packed_states, "left"), (packed_states, "right"), (padded_states, "left")]
-)
-def test_a_tree_has_the_logprobs_of_each_sequence_alone(states_fn, side, llama):
-    @examples(40)
-    @given(trees(shortest=0), st.sampled_from([0.5, 1.0]))
-    def holds(tree, temperature):
-        prompts, answers, pad_id = tree
-        query, query_mask, response, mask = pad_tree(prompts, answers, pad_id, side)
-        states = states_fn(llama, query, query_mask, response, mask)
-        logprobs = completion_logprobs(llama, states, response, mask, temperature)
-        for r, (prompt, group) in enumerate(zip(prompts, answers)):
-            for k, answer in enumerate(group):
-                expected = alone(llama, prompt, answer, temperature)
-                assert torch.allclose(logprobs[r, k, : len(answer)], expected, atol=1e-4)
-                assert (logprobs[r, k, len(answer) :] == 0).all()
-
-    holds()
-
-
 def test_rows_of_completions_have_the_logprobs_of_each_sequence_alone(llama):
     @examples(60)
     @given(trees(shortest=0), st.sampled_from([0.5, 1.0]))
@@ -189,7 +138,7 @@ def test_rows_of_completions_have_the_logprobs_of_each_sequence_alone(llama):
         completions = [*itertools.chain(*answers)]
         if not any(completions):
             return
-        logprobs = grpo_completion_logprobs(llama, list(prompts), completions, temperature)
+        logprobs = completion_logprobs(llama, list(prompts), completions, temperature)
         assert logprobs.shape == (len(completions), max(map(len, completions)))
         for i, answer in enumerate(completions):
             expected = alone(llama, prompts[i // len(answers[0])], answer, temperature)
@@ -213,40 +162,6 @@ def test_microbatches_hold_every_sample_once_within_the_budget(llama, tree, max_
         assert len(rows) == 1 or len(rows) * max(rows) <= max_tokens
         seen += indices
     assert sorted(seen) == list(range(len(samples)))
-
-
-@pytest.mark.parametrize("states_fn", [packed_states, padded_states])
-def test_padding_of_prompts_and_responses_changes_no_state(states_fn, llama):
-    @examples(40)
-    @given(trees(shortest=1), st.integers(0, 3), st.integers(0, 3), TOKENS)
-    def holds(tree, left, right, other):
-        prompts, answers, pad_id = tree
-        query, query_mask, response, mask = pad_tree(prompts, answers, pad_id)
-        more = [
-            torch.nn.functional.pad(x, padding, value=value)
-            for x, padding, value in (
-                (query, (left, 0), other), (query_mask, (left, 0), False),
-                (response, (0, right), other), (mask, (0, right), False),
-            )
-        ]  # fmt: skip
-        states = states_fn(llama, query, query_mask, response, mask)
-        assert torch.allclose(states_fn(llama, *more), states, atol=1e-4)
-
-    holds()
-
-
-def test_padding_on_either_side_changes_no_logprob(llama):
-    @examples(60)
-    @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=3), TOKENS, st.sampled_from([0.5, 1.0]))
-    def holds(pairs, pad_id, temperature):
-        prompts, answers = zip(*pairs)
-        parts = pad_sequences(list(prompts), pad_id, "left"), pad_sequences(list(answers), pad_id, "right")
-        ids, attention_mask = (torch.cat(x, 1) for x in zip(*parts))
-        logprobs = response_logprobs(llama, ids, attention_mask.long(), max(map(len, answers)), temperature)
-        for row, (prompt, answer) in zip(logprobs, pairs):
-            assert torch.allclose(row[: len(answer)], alone(llama, prompt, answer, temperature), atol=1e-4)
-
-    holds()
 
 
 @pytest.fixture(scope="module")
