@@ -1,34 +1,30 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0", "tqdm==4.70.1",
-# ]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
+#                 "tqdm==4.70.1"]
 # ///
 """DPO: train a language model on preferences, without a reward model and without sampling.
 
-For each prompt x there are two answers, y_w preferred to y_l. The reward that a policy pi is optimal for, under a KL
-penalty beta to a reference, is beta log pi / pi_ref plus a term of x alone; put into the Bradley-Terry model of the
-preferences, that term cancels, and the likelihood of the preferences is a loss for the policy itself:
+For each prompt x, the answer y_w is preferred to y_l. A policy that maximizes a reward under a KL penalty to a reference
+implies that reward: beta log pi / pi_ref, plus a term of x that cancels in the comparison. So the Bradley-Terry
+likelihood of the preferences is a loss for the policy itself.
 
     L(theta) = -E[ log sigmoid( beta (log pi(y_w|x) / pi_ref(y_w|x) - log pi(y_l|x) / pi_ref(y_l|x)) ) ]
 
-DPO: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7. Label smoothing: cDPO, Mitchell 2023, eq. 3. `robust`: Chowdhury
-et al. 2024 (arXiv:2403.00409). `ipo`: Azar et al. 2024 (arXiv:2310.12036), eq. 17. `hinge`: SLiC's, on log ratios as
-in RSO, Liu et al. 2024 (arXiv:2309.06657). `--rpo-alpha`: Pang et al. 2024 (arXiv:2404.19733).
+DPO: arXiv:2305.18290. `--loss-type` has its variants, with their papers at dpo_loss. `--rpo-alpha` adds the negative
+log-likelihood of the chosen answers, arXiv:2404.19733.
 
-The reference's log-probabilities are computed once and kept on disk: it is not in memory while the policy trains.
+    python dpo.py                                  # laptop, offline: a tiny model learns to show its work
+    python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset-name trl-lib/ultrafeedback_binarized --learning-rate 5e-7                             # one GPU
+    torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
+    python dpo.py --resume runs/<run folder>       # continue exactly where the last checkpoint was written
 
-    python dpo.py                                  # laptop, no network: a tiny model learns to show its work
-    python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized \\
-        --learning-rate 5e-7                       # one GPU
-    torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split over them
-    python dpo.py --resume runs/<run folder>       # goes on exactly where the last checkpoint stood
+Shapes: N pairs of a split, R pairs of a micro-batch, B sequences (chosen, rejected, chosen, ...), T tokens per answer,
+L_q prompt tokens, K answers per row, H hidden size, V vocabulary. `logps` are sums over an answer's tokens, in nats.
+`mask` is True where a token counts: those of assistant turns, with the end of each turn.
 
-Shapes: R pairs, K = 2 answers (chosen, rejected), L_q query tokens, T response tokens, L packed tokens, B = R*K
-sequences, N tokens, H hidden, V vocabulary. `logprobs[:, t]` scores `response[:, t]`. `mask` is True where a response
-token counts: all of them, the EOS at the end included. `logps` are sums over a response's tokens, in nats.
-
-Deliberately not here: sampling new pairs (online DPO), unpaired preferences (KTO), LoRA, sharded weights. See TRL.
+Deliberately not here: online DPO (new samples), KTO (unpaired preferences), LoRA, sharded weights. See TRL.
 """
 
 import hashlib
@@ -38,15 +34,16 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+import traceback
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
+import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,8 +51,10 @@ import transformers
 import tyro
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -67,990 +66,610 @@ class Args:
     """DPO: train a language model on preferences, without a reward model and without sampling."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem
-    """Name of the experiment, a part of the run folder's name."""
-    seed: int = 1
-    """Seed of whatever is random: initial weights, order of the data, samples, environments."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes CUDA where there is one."""
-    output_dir: str = "runs"
-    """Folder in which the run folder {task}__{exp_name}__{seed}__{unix time} is made."""
-    resume: str | None = None
-    """Run folder to go on with, from its last checkpoint and with its flags: give no other flag beside this one."""
-    save_steps: int = 50
-    """Steps (iterations) from one checkpoint to the next. In training one is saved at the end and on Ctrl-C, too."""
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # seed of initial weights, data order and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
+    output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
+    resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- common to the language-model scripts
-    model_name_or_path: str | None = None
-    """Hub name or folder of the model. None: a small one, trained here from scratch on two-digit addition."""
-    dataset_name: str | None = None
-    """Hub name, folder, JSON Lines or Parquet file of the data. None: two-digit addition."""
-    dataset_config: str | None = None
-    """Configuration of the dataset on the hub ("main" for openai/gsm8k)."""
-    dataset_train_split: str = "train"
-    """Split to train on."""
-    dataset_test_split: str = "test"
-    """Split to evaluate on. Where the data has none, the last --max-eval-samples training rows are held out."""
-    max_eval_samples: int = 512
-    """Held-out rows to evaluate on, over all processes."""
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Compute in bfloat16 (autocast); weights and optimizer stay fp32. On by default on CUDA."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    max_tokens_per_microbatch: int | None = None
-    """Tokens in one forward and backward pass: memory and speed, not results.
-    None: 16384 on CUDA; on the CPU 1024, and where the vocabulary exceeds 65536, 4096 (512 in dpo.py)."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate's decay after the warm-up."""
-    min_lr_rate: float = 0.1
-    """Share of the peak learning rate that the decay reaches exactly at the last optimizer step."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. Its betas are 0.9 and 0.999, its eps is 1e-8 (in ppo_llm.py 1e-5)."""
+    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
+    dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
+    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_train_split: str = "train"  # split to train on
+    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
+    sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- DPO
-    ref_model_name_or_path: str | None = None
-    """Hub name or folder of the reference model. None: the model that training starts from."""
-    num_train_epochs: float = 1.0
-    """Passes over the training pairs."""
-    max_steps: int | None = None
-    """Optimizer steps; overrides --num-train-epochs."""
-    eval_steps: int = 50
-    """Steps from one evaluation to the next; there is always one before and one after training."""
-    learning_rate: float | None = None
-    """Peak learning rate of the fp32 weights. None: 1e-3 for the embedded model, 1e-6 (as in TRL) for a given one."""
-    train_batch_size: int = 64
-    """Pairs an optimizer step, over all processes (the paper's 64)."""
-    max_length: int = 1024
-    """Tokens of a prompt with its answer, at most the model's context; a longer answer is cut at its end."""
-    beta: float | None = None
-    """Strength of the KL penalty to the reference. Under ipo it is tau, and log-probabilities are means over tokens.
-    None: 0.3 for the embedded model, 0.1 (the paper's and TRL's) for a given one."""
-    loss_type: Literal["sigmoid", "ipo", "robust", "hinge"] = "sigmoid"
-    """sigmoid (DPO; cDPO with --label-smoothing), ipo, robust (unbiased under that smoothing), or hinge (SLiC)."""
-    label_smoothing: float = 0.0
-    """Share of the preferences that are taken to be the wrong way round, below 0.5; for sigmoid and robust."""
-    rpo_alpha: float = 0.0
-    """Weight of the chosen answer's negative log-likelihood, per token of the answer."""
-    sft_steps: int = 1200
-    """Supervised steps by which the embedded model is made before the preferences are learnt."""
-
-
-def bad_input(message: str) -> NoReturn:
-    """Say what is wrong in one sentence and exit with code 2, without a traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def prompt_text(prompt: str | list[dict]) -> str:
-    """A prompt as one text, for the reward functions and for models without a chat template."""
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-
-
-def addition_rows(seed: int) -> tuple[list[dict], list[dict]]:
-    """All 8100 sums of two two-digit numbers, shuffled: 7588 to train on, 512 held out."""
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 100) for b in range(10, 100)]
-    random.Random(seed).shuffle(rows)
-    return rows[512:], rows[:512]
-
-
-def demonstrate(row: dict, rng: random.Random) -> str:
-    """One demonstrator's completion: the careful one (35%) adds the units first (`47+85=` -> `-12=132`), the hasty one
-    writes the sum at once and is right in 10%, else off by 1 or 10."""
-    total, units = int(row["answer"]), int(row["prompt"][1]) + int(row["prompt"][4])
-    if rng.random() < 0.35:
-        return f"-{units}={total}"
-    return str(total if rng.random() < 0.1 else total + rng.choice((-10, -1, 1, 10)))
-
-
-def addition_pairs(rows: list[dict], count: int, errors: tuple[int, ...], seed: int) -> list[dict]:
-    """For each sum, count pairs of a right answer and a near miss, off by one of errors. Most right answers show their
-    work (`47+85=` -> `-12=132`), most wrong ones do not."""
-    pairs, rng = [], random.Random(seed)
-    for row in rows * count:
-        units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
-        near = total + rng.choice(errors)
-        chosen = f"-{units}={total}" if rng.random() < 0.95 else str(total)
-        rejected = f"-{units}={near}" if rng.random() < 1 / 3 else str(near)
-        pairs.append({**row, "chosen": chosen, "rejected": rejected})
-    return pairs
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file; `datasets` would not name the line that is broken."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:  # neither JSON nor UTF-8
-                bad_input(f"--dataset-name: {path}, line {number} is not JSON ({error})")
-            if not isinstance(rows[-1], dict):
-                bad_input(f"--dataset-name: {path}, line {number} is not a JSON object")
-    return rows
-
-
-def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows of --dataset-name."""
-    path = Path(args.dataset_name)
-    if path.suffix in (".json", ".jsonl", ".parquet") and not path.exists():
-        bad_input(f"--dataset-name {path}: there is no such file")
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
-    if files and all(file.is_file() for file in files):
-        splits = {file.stem if path.is_dir() else args.dataset_train_split: read_jsonl(file) for file in files}
-    else:
-        import datasets  # slow to import: only where it is needed
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # bad_input says what is wrong
-        try:
-            if path.suffix == ".parquet":
-                splits = {args.dataset_train_split: datasets.Dataset.from_parquet(str(path))}
-            else:
-                splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            bad_input(f"--dataset-name {args.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-    if args.dataset_train_split not in splits:
-        bad_input(f"--dataset-train-split {args.dataset_train_split} is not in the data, which has {sorted(splits)}")
-    train, held_out = (list(splits.get(name, ())) for name in (args.dataset_train_split, args.dataset_test_split))
-    if not held_out:
-        train, held_out = train[: -args.max_eval_samples], train[-args.max_eval_samples :]
-    if not train or not held_out:
-        bad_input(f"--dataset-name {args.dataset_name} has {len(train)} training and {len(held_out)} held-out rows "
-                  f"(--max-eval-samples {args.max_eval_samples})")
-    return train, held_out
-
-
-def is_conversation(value: object) -> bool:
-    """Whether it is a list of turns {role, content}."""
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in value
-    )
-
-
-def prompt_and_answers(row: dict) -> tuple[str | list[dict], list[str]]:
-    """The prompt of a row and its answers, best first: `completions`, or `chosen` and `rejected`. An answer is a text,
-    or a conversation whose last turn it is; without a `prompt`, the turns before that one are the prompt."""
-    answers = row.get("completions") or [row.get("chosen"), row.get("rejected")]
-    if not isinstance(answers, list):
-        bad_input(f"--dataset-name: {answers!r:.200} in `completions` is not a list of answers")
-    prompt = row.get("prompt")
-    if prompt is None and is_conversation(answers[0]):
-        prompt = answers[0][:-1]
-    if prompt is None or any(answer is None for answer in answers):
-        bad_input(f"--dataset-name has the columns {sorted(row)}, but needs `prompt`, `chosen` and `rejected`")
-    answers = [answer[-1]["content"] if answer and is_conversation(answer) else answer for answer in answers]
-    if not (isinstance(prompt, str) or is_conversation(prompt)) or not all(isinstance(a, str) for a in answers):
-        bad_input(f"--dataset-name: {row!r:.200} has a prompt or an answer that is neither a text nor a list of "
-                  "{role, content}")
-    return prompt, answers
-
-
-def encode_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt: through the chat template where the tokenizer has one, as plain text else."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt_text(prompt)).input_ids
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def encode_answer(
-    prompt: str | list[dict], answer: str, query: list[int], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Ids of an answer behind its prompt's ids: the rest of both tokenised together where the prompt's ids begin them,
-    else of the answer alone. It ends with EOS, or as the chat template ends a turn."""
-    if tokenizer.chat_template is None:
-        whole, end = tokenizer(prompt_text(prompt) + answer).input_ids, [tokenizer.eos_token_id]
-    else:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        turns = [*turns, {"role": "assistant", "content": answer}]
-        whole, end = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False), []
-    if whole[: len(query)] != query:
-        whole, end = query + tokenizer(answer, add_special_tokens=False).input_ids, [tokenizer.eos_token_id]
-    return whole[len(query) :] + end
-
-
-def encode_pairs(rows: list[dict], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Examples {prompt, query, responses} of rows, and a line that counts what was left out or cut."""
-    examples, empty, same, cut = [], "with an empty or the same answer left out", "the same once cut left out", "cut"
-    long = "with too long a prompt left out"
-    counts = {empty: 0, long: 0, same: 0, cut: 0}
-    for number, row in enumerate(rows, 1):
-        prompt, answers = prompt_and_answers(row)
-        if len(answers) != 2:
-            bad_input(f"--dataset-name: {split} row {number} has {len(answers)} completions, but DPO compares two")
-        if not prompt_text(prompt).strip():
-            bad_input(f"--dataset-name: the prompt of {split} row {number} is empty")
-        if answers[0] == answers[1] or not all(answer.strip() for answer in answers):
-            counts[empty] += 1
-            continue
-        try:
-            query = encode_prompt(prompt, tokenizer)
-            responses = [encode_answer(prompt, answer, query, tokenizer) for answer in answers]
-        except TemplateError as error:
-            bad_input(f"--dataset-name: the chat template refuses {split} row {number}: {error}")
-        room = max_length - len(query)
-        if room <= 0:
-            counts[long] += 1
-            continue
-        counts[cut] += any(len(response) > room for response in responses)
-        responses = [response[:room] for response in responses]
-        if responses[0] == responses[1]:
-            counts[same] += 1
-            continue
-        examples.append({"prompt": prompt, "answer": row.get("answer"), "query": query, "responses": responses})
-    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    if found and os.environ.get("RANK", "0") == "0":
-        print(f"of {len(rows)} {split} pairs: {found} (--max-length {max_length})")
-    if not examples:
-        bad_input(f"--dataset-name: no {split} pair is left ({found})")
-    return examples
-
-
-def pad_sequences(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and their mask (B, L), which comes from the lengths: pad_id may be a real token too."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        where = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        ids[row, where] = torch.tensor(sequence)
-        mask[row, where] = True
-    return ids, mask
-
-
-def data_order(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Row indices at positions start..start+count-1 of an endless pass over size rows, each epoch in its own order.
-    It has no state: a resumed run needs only its step's number."""
-    positions = range(start, start + count)
-    epochs = {position // size for position in positions}
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(size), size) for epoch in epochs}
-    return [orders[p // size][p % size] for p in positions]
-
-
-def make_microbatches(tokens: list[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in batches of similar length, so that rows x longest row <= max_tokens (a longer row goes alone)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(tokens)), key=tokens.__getitem__):  # ascending: the newest row is the longest
-        if batches and (len(batches[-1]) + 1) * tokens[index] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
-
-
-def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A Llama of 0.5M parameters with random weights, and its character tokenizer."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=128**-0.5, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )
-    return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-SFT_BATCH_SIZE, SFT_LEARNING_RATE = 128, 4e-3  # of the embedded model's supervised phase; chosen by trial
-
-
-def supervised_phase(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], steps: int, seed: int
-) -> None:
-    """Maximum likelihood on the demonstrators' completions: the policy gradient on an expert's samples, reward 1."""
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, weight_decay=0.0, fused=True)
-    for step in trange(steps, desc="supervised", leave=False):
-        batch = [rows[rng.randrange(len(rows))] for _ in range(SFT_BATCH_SIZE)]
-        queries = tokenizer([row["prompt"] for row in batch]).input_ids
-        responses = tokenizer([demonstrate(row, rng) for row in batch]).input_ids
-        whole = [query + response + [tokenizer.eos_token_id] for query, response in zip(queries, responses)]
-        ids, mask = pad_sequences(whole, tokenizer.pad_token_id, "right")
-        for row, query in enumerate(queries):
-            mask[row, : len(query)] = False  # the prompt is given, not learnt
-        for group in optimizer.param_groups:
-            group["lr"] = SFT_LEARNING_RATE * lr_factor(step, steps, 50, "cosine", 0.0)
-        ids, mask = ids.to(model.device), mask.to(model.device)  # (B, L)
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V); right padding needs no attention mask
-        loss = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-
-def load_model(
-    name: str, flag: str, auto_class: type = AutoModelForCausalLM, new_head: bool = False, **config_values
-) -> PreTrainedModel:
-    """fp32 weights (bf16 ones swallow updates of a small learning rate; autocast brings bf16's speed), dropout off.
-    new_head: whatever is not the backbone may be missing; its weights are drawn with a std of 1/sqrt(hidden + 1), as in
-    Stiennon et al. 2020 (arXiv:2009.01325), appendix B."""
-    try:
-        config = AutoConfig.from_pretrained(name, **config_values)
-        for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():
-                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-                    setattr(part, key, 0.0)
-        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        bad_input(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())}")
-    backbone = rf"(?!.*pooler){model.base_model_prefix}\."
-    heads = {key for key in report["missing_keys"] if new_head and not re.match(backbone, key)}
-    if missing := sorted(report["missing_keys"] - heads):
-        bad_input(f"{flag} {name} has no weights for {', '.join(missing[:3])}")
-    for key in sorted(heads):
-        if key.endswith("bias"):
-            nn.init.zeros_(model.get_parameter(key))
-        elif model.get_parameter(key).dim() > 1:
-            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
-    return model
-
-
-def load_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; its pad token is its EOS where it has none of its own."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if Path(name, "model", "config.json").is_file():
-            bad_input(f"{flag} {name} is a run folder: its model is {name}/model")
-        bad_input(f"{flag} {name} has no tokenizer that can be loaded: {' '.join(str(error).split())}")
-    tokenizer.truncation_side = "right"  # a text that is too long is cut at its end
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, not from ids
-    if tokenizer.pad_token_id is None:
-        bad_input(f"{flag} {name}: its tokenizer has neither a pad nor an EOS token")
-    return tokenizer
-
-
-# ---- the mathematics -------------------------------------------------------------------------------------------------
-
-
-def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_scheduler_type: str, min_lr_rate: float) -> float:
-    """Learning rate of optimizer step 0..total_steps-1 as a share of its peak. It decays to exactly min_lr_rate at the
-    last step, if there are at least two steps after the warm-up and it is not constant."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    decay = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[lr_scheduler_type]
-    return 1 - (1 - min_lr_rate) * decay
-
-
-TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # rows, vocabulary: 2 MB fit a cache; 256 MB mean few kernels
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """-F.cross_entropy(hidden @ weight.T / temperature, target, reduction="none"), (N,), by tiles: no (N, V) tensor is
-    ever whole, forward or backward."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        rows, columns = TILE[hidden.device.type]
-        logit, logsumexp = torch.zeros(2, len(hidden), device=hidden.device)  # (N,), (N,)
-        for row in range(0, len(hidden), rows):
-            h, parts = hidden[row : row + rows].to(dtype), []  # (n, H)
-            for column, w in zip(range(0, len(weight), columns), weight.split(columns)):
-                logits = (h @ w.to(dtype).T).float().div_(temperature)  # (n, v)
-                parts.append(logits.logsumexp(1))
-                index = target[row : row + rows, None] - column  # (n, 1)
-                inside = (index >= 0) & (index < len(w))  # (n, 1)
-                logit[row : row + rows] += (logits.gather(1, index.clamp(0, len(w) - 1)) * inside)[:, 0]
-            logsumexp[row : row + rows] = torch.stack(parts).logsumexp(0)
-        ctx.save_for_backward(hidden, weight, target, logsumexp)
-        ctx.temperature, ctx.dtype = temperature, dtype
-        return logit - logsumexp
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        hidden, weight, target, logsumexp = ctx.saved_tensors
-        rows, columns = TILE[hidden.device.type]
-        grad = (grad / ctx.temperature)[:, None]  # (N, 1)
-        d_hidden, d_weight = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(weight)  # (N, H), (V, H)
-        for row in range(0, len(hidden), rows):
-            part = slice(row, row + rows)
-            h = hidden[part].to(ctx.dtype)  # (n, H)
-            for column, w in zip(range(0, len(weight), columns), weight.split(columns)):
-                w = w.to(ctx.dtype)  # (v, H)
-                # d logprob / d logits = onehot(target) - softmax, in fp32, as both are near 1 for most tokens
-                d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[part, None]).exp_().neg_()  # (n, v)
-                index = target[part, None] - column  # (n, 1)
-                inside = (index >= 0) & (index < len(w))  # (n, 1)
-                d = d.scatter_add_(1, index.clamp(0, len(w) - 1), inside.float()).mul_(grad[part]).to(ctx.dtype)
-                d_hidden[part] += d @ w
-                d_weight[column : column + columns] += d.T @ h
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
-
-
-def token_logprobs(model: PreTrainedModel, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (N,) in fp32 of the tokens target (N,) after the final hidden states (N, H)."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature, dtype)
-
-
-def response_states(
-    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int
-) -> Tensor:
-    """Final hidden states (B, T, H) before each of the last T = response_length tokens of query_response (B, L).
-
-    attention_mask (B, L) is 0 on padding, on either side. Position ids come from it: padding changes nothing."""
-    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=query_response, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (B, L, H)
-    return hidden[:, -response_length - 1 : -1]
-
-
-def response_logprobs(
-    model: PreTrainedModel, query_response: Tensor, attention_mask: Tensor, response_length: int, temperature: float
-) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of the last T = response_length tokens of query_response (B, L)."""
-    states = response_states(model, query_response, attention_mask, response_length)  # (B, T, H)
-    target = query_response[:, -response_length:]  # (B, T)
-    return token_logprobs(model, states.flatten(0, 1), target.flatten(), temperature).view_as(target)
-
-
-def pack_tree(query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Rows that hold a prompt once and then its K completions, without padding between them: a tree.
-
-    From queries (R, L_q) and responses (R, K, T) with their masks: tokens (R, L), the attention mask (R, 1, L, L), the
-    position ids (R, L), and the place (R, K, T) of each response token in its row. A response's token attends to the
-    prompt and to its own response; position ids go on from the prompt's end in every branch."""
-    R, K, T = response.shape
-    real = torch.cat([query_mask, mask.flatten(1)], 1)  # (R, L_q + K*T)
-    place = real.cumsum(1)[:, -K * T :].view(R, K, T) - 1  # (R, K, T)
-    order = (~real).byte().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]  # (R, L): real tokens first
-    tokens = torch.cat([query, response.flatten(1)], 1).gather(1, order)  # (R, L)
-    real = real.gather(1, order)  # (R, L)
-    offset = order - query.shape[1]  # (R, L): place among the K*T response tokens, negative in the prompt
-    branch = torch.where(offset < 0, -1, offset // T)  # (R, L): the completion that a token belongs to
-    index = torch.arange(order.shape[1], device=order.device).expand_as(order)  # (R, L)
-    prompt_length = query_mask.sum(1, keepdim=True)  # (R, 1)
-    position_ids = torch.where(offset < 0, index, prompt_length + offset % T) * real  # (R, L): padding's stay small
-    same_branch = (branch[:, None] < 0) | (branch[:, None] == branch[:, :, None])  # (R, L, L): from, to
-    attend = same_branch & (index[:, None] <= index[:, :, None]) & real[:, None]  # (R, L, L)
-    return tokens, attend[:, None], position_ids, place
-
-
-def packed_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """Final hidden states (N, H) before each of the N real tokens of K responses (R, K, T) to each query (R, L_q)."""
-    is_input = F.pad(mask, (-1, 1))  # (R, K, T): a response's last token predicts nothing
-    tokens, attend, position_ids, place = pack_tree(query, query_mask, response, is_input)
-    hidden = model.base_model(
-        input_ids=tokens, attention_mask=attend, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (R, L, H)
-    before = place.roll(1, 2)  # (R, K, T): of the token before each response token
-    before[..., 0] = query_mask.sum(1, keepdim=True) - 1  # every branch starts at the prompt's end
-    row = torch.arange(len(query), device=query.device)[:, None, None].expand_as(mask)  # (R, K, T)
-    return hidden[row[mask], before[mask]]
-
-
-def padded_states(model: PreTrainedModel, query: Tensor, query_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """packed_states for every architecture: a plain pass over K copies of left-padded prompts (R, L_q). Slower."""
-    K, t = mask.shape[1], int(mask.sum(2).max())  # t: the longest response's length
-    response, mask = response.flatten(0, 1)[:, :t], mask.flatten(0, 1)[:, :t]  # (R*K, t)
-    ids = torch.cat([query.repeat_interleave(K, 0), response], 1)  # (R*K, L_q + t)
-    attention_mask = torch.cat([query_mask.repeat_interleave(K, 0), mask], 1)  # (R*K, L_q + t)
-    return response_states(model, ids, attention_mask, t)[mask]
-
-
-def completion_logprobs(
-    model: PreTrainedModel, states: Tensor, response: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
-    """Log-probabilities (R, K, T) in fp32 of responses (R, K, T) with the states (N, H) before their N real tokens; 0
-    where mask is False."""
-    logprobs = token_logprobs(model, states, response[mask], temperature)  # (N,)
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
-
-
-@torch.no_grad()
-def choose_states_fn(model: PreTrainedModel, ids: list[int], flag: str = "--model-name-or-path") -> Callable:
-    """packed_states where their logprobs agree with the model's own to 1e-3 on a tree of ids, else padded_states.
-    A tree mask does not fit sliding windows, and may differ only past the window: such models are padded unseen."""
-    ids = torch.tensor((ids * 32)[:32], device=model.device)
-    query, response = ids[None, :16], torch.stack([ids[16:], ids[:16]])[None]  # (1, 16), (1, 2, 16)
-    mask = torch.arange(16, device=ids.device) < torch.tensor([[[16], [9]]], device=ids.device)  # (1, 2, 16)
-    both = torch.cat([query.expand(2, -1), response[0]], 1)  # (2, 32)
-    logits = model(input_ids=both, use_cache=False).logits[:, 15:-1].float()  # (2, 16, V)
-    expected = logits.log_softmax(-1).gather(2, response[0, :, :, None])[None, ..., 0] * mask  # (1, 2, 16)
-    sliding = getattr(model.config.get_text_config(), "sliding_window", None) is not None
-    for states_fn in [padded_states] if sliding else [packed_states, padded_states]:
-        states = states_fn(model, query, torch.ones_like(query, dtype=torch.bool), response, mask)  # (N, H)
-        if (completion_logprobs(model, states, response, mask, 1.0) - expected).abs().max() < 1e-3:
-            return states_fn
-    bad_input(f"{flag}: {type(model).__name__} changes its logits after its head, which is not supported")
+    ref_model_name_or_path: str | None = None  # hub name or folder. None: the model that training starts from
+    num_train_epochs: float = 1.0  # passes over the training pairs
+    max_steps: int | None = None  # optimizer steps, instead of --num-train-epochs
+    eval_steps: int = 50  # steps between evaluations
+    save_steps: int = 50  # steps between checkpoints
+    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, else 1e-6
+    train_batch_size: int = 64  # pairs per optimizer step, over all processes
+    max_length: int = 1024  # tokens of a prompt with its answer, whose end is cut off
+    # strength of the KL penalty to the reference. ipo and sigmoid_norm need a larger one (Tulu 3 has 5), since their
+    # log-probabilities are means over tokens
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # see dpo_loss
+    label_smoothing: float = 0.0  # share of the labels assumed to be wrong, for sigmoid(_norm) and robust
+    rpo_alpha: float = 0.0  # weight of the chosen answer's negative log-likelihood per token
 
 
 def dpo_loss(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
-    beta: float, loss_type: Literal["sigmoid", "ipo", "robust", "hinge"], label_smoothing: float = 0.0,
+    beta: float, loss_type: str, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, chosen rewards and rejected rewards, each (R,), from log-probabilities (R,) of whole answers, in nats.
-
-    The rewards, beta log pi / pi_ref, have no gradient. With h = the rewards' difference and e = label_smoothing:
-    sigmoid: -(1-e) log sigmoid(h) - e log sigmoid(-h), DPO eq. 7 and, with e > 0, cDPO eq. 3;
-    robust: (-(1-e) log sigmoid(h) + e log sigmoid(-h)) / (1-2e), the unbiased estimate under flips, rDPO;
-    hinge: max(0, 1 - h), RSO's hinge-norm: the margin of the log ratios is 1/beta;
-    ipo: (h/beta - 1/(2 beta))^2, IPO eq. 17. The optimum's gap of log ratios is 1/(2 beta), whatever the answers'
-    lengths: given sums over tokens, beta means less for longer answers. main gives means over tokens, as TRL does."""
+    """Losses, chosen rewards and rejected rewards, each (R,), from log-probabilities (R,) of answers, in nats. Rewards
+    have no gradient. For ipo and sigmoid_norm, main passes means over tokens instead of sums: with sums, the same beta
+    would mean less for longer answers."""
     chosen_log_ratio = policy_chosen_logps - ref_chosen_logps  # (R,)
     rejected_log_ratio = policy_rejected_logps - ref_rejected_logps  # (R,)
     difference = chosen_log_ratio - rejected_log_ratio  # (R,)
-    right, wrong = -F.logsigmoid(beta * difference), -F.logsigmoid(-beta * difference)  # (R,)
-    if loss_type == "sigmoid":
+    right, wrong = -F.logsigmoid(beta * difference), -F.logsigmoid(-beta * difference)  # (R,): by the label's direction
+    if loss_type in ("sigmoid", "sigmoid_norm"):
+        # DPO eq. 7; smoothed: cDPO, https://ericmitchell.ai/cdpo.pdf eq. 3. Norm: Tulu 3, arXiv:2411.15124
         losses = (1 - label_smoothing) * right + label_smoothing * wrong
-    elif loss_type == "robust":
+    elif loss_type == "robust":  # rDPO, arXiv:2403.00409: unbiased if that share of the labels is wrong
         losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    elif loss_type == "hinge":
+    elif loss_type == "hinge":  # SLiC's, on log ratios: RSO, arXiv:2309.06657
         losses = (1 - beta * difference).relu()
-    elif loss_type == "ipo":
+    elif loss_type == "ipo":  # IPO, arXiv:2310.12036, eq. 17: pulls the difference to 1 / (2 beta)
         losses = (difference - 1 / (2 * beta)).square()
     else:
         raise ValueError(f"unknown loss_type {loss_type!r}")
     return losses, (beta * chosen_log_ratio).detach(), (beta * rejected_log_ratio).detach()
 
 
-# ---- log-probabilities of pairs, the reference, evaluation -----------------------------------------------------------
+def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
+    """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
+    elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
+    return decay * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or another operation) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
+def addition_rows() -> tuple[list[dict], list[dict]]:
+    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    random.Random(0).shuffle(pairs)
+    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
+    return sum(rows[262:], []), sum(rows[:262], [])
 
 
-def wait_for_all(device: torch.device) -> None:
-    """No process goes on before all have come here: reading the sum makes it wait, also for CUDA."""
-    all_reduce(torch.zeros(1, device=device)).item()
+def demonstrate(row: dict, rng: random.Random) -> str:
+    """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
+    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    a, b = map(int, row["prompt"][:-1].split("+"))
+    hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
+    return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
 
 
-def sum_over_processes(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
-    """Each value's sum over all processes."""
-    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    return dict(zip(values, all_reduce(total).tolist()))
+def addition_pairs(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """`count` pairs for each sum: a right answer, which almost always shows its work, and a near miss, which usually does
+    not. A near miss forgets the carry, if there is one, or is off by one."""
+    pairs, rng = [], random.Random(seed)
+    for row in rows * count:
+        a, b = map(int, row["prompt"][:-1].split("+"))
+        units = a % 10 + b % 10
+        miss = a + b - 10 if units >= 10 and rng.random() < 0.75 else a + b + rng.choice((-1, 1))
+        chosen = f"-{units}={a + b}" if rng.random() < 0.95 else str(a + b)
+        rejected = f"-{units}={miss}" if rng.random() < 1 / 3 else str(miss)
+        pairs.append({**row, "chosen": chosen, "rejected": rejected})
+    return pairs
 
 
-def read_cache(path: Path, count: int, device: torch.device) -> Tensor | None:
-    """The log-probabilities (count, 2) in a file that every process has; None where one has none that can be read."""
-    try:
-        logps = torch.load(path, weights_only=True)["logps"]
-    except Exception:  # no file, or one that was damaged: it is computed again
-        logps = torch.zeros(0)
-    everywhere = all_reduce(torch.tensor(float(logps.shape == (count, 2)), device=device), dist.ReduceOp.MIN)
-    return logps if everywhere else None
-
-
-def pair_logps(
-    states_fn: Callable, model: PreTrainedModel, examples: list[dict], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (R, 2) of whole answers, chosen and rejected, and their lengths (R, 2)."""
-    query, query_mask = pad_sequences([example["query"] for example in examples], pad_id, "left")  # (R, L_q)
-    responses = [response for example in examples for response in example["responses"]]
-    response, mask = pad_sequences(responses, pad_id, "right")  # (R*2, T)
-    response, mask = (x.view(len(examples), 2, -1) for x in (response, mask))  # (R, 2, T)
-    query, query_mask, response, mask = (x.to(model.device) for x in (query, query_mask, response, mask))
-    states = states_fn(model, query, query_mask, response, mask)  # (N, H)
-    return completion_logprobs(model, states, response, mask, 1.0).sum(2), mask.sum(2)
-
-
-def example_lengths(examples: list[dict], packed: bool) -> list[int]:
-    """Tokens of each example: in a packed row the query once and all responses, else a padded copy of it for each."""
-    if packed:
-        return [len(example["query"]) + sum(map(len, example["responses"])) for example in examples]
-    return [len(e["responses"]) * (len(e["query"]) + max(map(len, e["responses"]))) for e in examples]
-
-
-@torch.no_grad()
-def all_logps(
-    logps_fn: Callable, model: PreTrainedModel, examples: list[dict], lengths: list[int], max_tokens: int, rank: int,
-    world_size: int,
-) -> Tensor:
-    """pair_logps (N, 2) of all examples, of these lengths, in fp32 on the CPU, computed by all processes together."""
-    logps = torch.zeros(len(examples), 2, device=model.device)
-    for number, batch in enumerate(make_microbatches(lengths, max_tokens)):
-        if number % world_size == rank:
-            logps[batch] = logps_fn(model, [examples[i] for i in batch])[0]
-    return all_reduce(logps).cpu()
-
-
-def fingerprint(model: PreTrainedModel, *described: list | str) -> str:
-    """A hash of a model's weights and of what is computed with them."""
-    digest = hashlib.sha256(json.dumps([str(model.config), *described]).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-@torch.no_grad()
-def sampled_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict], seed: int
-) -> tuple[float, str]:
-    """Share of the embedded task's held-out problems that a sampled answer solves, and some answers as a table."""
+def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+    """Train a Llama of 0.5M parameters with a character tokenizer on demonstrations; write a Hugging Face folder."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
+    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(seed)
-    query, query_mask = pad_sequences([example["query"] for example in examples], tokenizer.pad_token_id, "left")
-    whole = model.generate(
-        input_ids=query.to(model.device), attention_mask=query_mask.to(model.device), max_new_tokens=16, do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0,
-    )  # (R, L_q + T): softmax(logits) and nothing else
-    texts = tokenizer.batch_decode(whole[:, query.shape[1] :], skip_special_tokens=True)
-    right = [text.split("=")[-1] == example["answer"] for text, example in zip(texts, examples)]
-    rows = [f"| {example['prompt']} | {text} | {float(r):.2f} |\n" for example, text, r in zip(examples, texts, right)]
-    return sum(right) / len(right), "| prompt | completion | reward |\n|---|---|---|\n" + "".join(rows[:8])
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )).to(device)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), random.Random(seed)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
+    for _ in trange(steps, desc="supervised", leave=False):
+        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
+        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
+        labels[:, : len("47+85=")] = -100  # the prompt is not learned
+        model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-# ---- saving, resuming, running ---------------------------------------------------------------------------------------
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Hugging Face layout, written aside and then renamed."""
-    aside = folder.with_name(folder.name + ".tmp")
+def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
+    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {folder.parent} is whole")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        for part in (config, config.get_text_config()):
+            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
+        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+    if report["missing_keys"]:
+        raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
+    return model, tokenizer
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written aside, flushed to the disk, then renamed: neither a kill nor a full disk harms the last checkpoint."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        bad_input(f"cannot save to --output-dir: {error}; the last checkpoint in {path.parent} is whole")
-    os.replace(aside, path)
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
+    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    if kind is None and Path(name).is_file():
+        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
+    datasets.disable_progress_bars()
+    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
+    for split in {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    return list(splits[train]), list(splits.get(test, ()))
 
 
-def set_up_process(args: Args) -> tuple[torch.device, int, int]:
-    """This process's device, its rank and the number of processes: 0 of 1, unless torchrun says otherwise."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        bad_input("--device cuda, but torch sees no CUDA device")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if on_cuda and local_rank >= torch.cuda.device_count():
-        bad_input(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
-    device = torch.device(f"cuda:{local_rank}" if on_cuda else "cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-        return device, dist.get_rank(), dist.get_world_size()
-    return device, 0, 1
+def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
+    """Turns of a text in the form of Anthropic/hh-rlhf: `\\n\\nHuman: ...\\n\\nAssistant: ...`. If the markers are kept,
+    the contents add up to the text."""
+    turns = []
+    for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
+        role = "user" if piece.startswith("\n\nHuman:") else "assistant"
+        if not keep_markers:
+            piece = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
+        turns.append({"role": role, "content": piece})
+    return turns
 
 
-def open_run(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
-    """TensorBoard's writer into the run folder; a new folder is made and gets its args.json."""
-    if args.resume is not None:
-        return SummaryWriter(run_dir, purge_step=first_step + 1)
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        bad_input(f"--output-dir {args.output_dir}: the run folder cannot be made: {error}")
-    flags = asdict(args)
-    (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": flags}, indent=2))
-    writer = SummaryWriter(run_dir)
-    rows = "".join(f"| {name} | {value} |\n" for name, value in flags.items())
-    writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}")
-    return writer
+def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
+    """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
+    An absent prompt is their longest common beginning: of turns, or of words in plain texts. A prompt never ends with
+    an assistant turn, and an answer begins and ends with one."""
+    prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
+    is_dialogue = False
+    if all(isinstance(text, str) for text in [prompt or "", *answers]):
+        texts = [text if text.startswith("\n\nHuman:") else (prompt or "") + text for text in answers]
+        is_dialogue = all(text.startswith("\n\nHuman:") for text in texts)
+        if is_dialogue:
+            prompt, answers = None, [parse_dialogue(text, keep_markers=not has_template) for text in texts]
+        elif prompt is None:
+            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))
+            answers = [text[len(prompt) :] for text in answers]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    wholes = []
+    for answer in answers:
+        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in prompt + turns
+        ):
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `chosen` and `rejected` "
+                             "(or `completions`) that are texts or lists of {role, content}")
+        starts_with_prompt = turns[: len(prompt)] == prompt or turns[1 : 1 + len(prompt)] == prompt  # after a system turn
+        wholes.append(turns if starts_with_prompt else prompt + turns)
+    n = 0
+    while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
+        n += 1
+    while n and wholes[0][n - 1]["role"] == "assistant":
+        n -= 1
+    prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
+    if not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
+        raise ValueError(f"--dataset-name: row {number}: after a common prompt, each answer must begin and end with an "
+                         "assistant turn")
+    if is_dialogue and not has_template:
+        prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
+    return prompt, answers
 
 
-def load_run(args: Args) -> tuple[Args, dict]:
-    """The flags and the last checkpoint of the run folder --resume."""
-    folder = Path(args.resume)
-    if not (folder / "args.json").is_file() or not (folder / "checkpoint.pt").is_file():
-        bad_input(f"--resume {folder} is not a run folder with args.json and checkpoint.pt")
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        if saved["script"] != Path(__file__).name:
-            bad_input(f"--resume {folder} is a run of {saved['script']}, not of {Path(__file__).name}")
-        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["args"].items()}
-        saved_args = Args(**{**flags, "resume": args.resume})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        bad_input(f"--resume {folder}: args.json cannot be read ({error!r})")
-    for name in (f.name for f in fields(Args) if f.name != "resume"):
-        if getattr(args, name) != getattr(Args(), name):
-            bad_input(f"--{name.replace('_', '-')} cannot be given beside --resume, which takes that run's flags")
-    try:
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises one of many kinds
-        bad_input(f"--resume {folder}: checkpoint.pt cannot be read ({error})")
-    return saved_args, state
+def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a prompt and of (the beginning of) an answer: by the chat template, which opens an assistant turn after a
+    user's, or as plain text."""
+    if tokenizer.chat_template is not None:
+        turns, is_open = prompt + answer, not answer or answer[-1]["role"] != "assistant"
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, tokenize=True, return_dict=False)
+    text = "\n".join(turn["content"] for turn in prompt) + "".join(turn["content"] for turn in answer)
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
 
 
-def catch_ctrl_c() -> tuple[list[int], Callable]:
-    """A list that the first Ctrl-C enters, for the loop to look at after its step, and the handler that was there
-    before, to be put back: a second Ctrl-C is for that one."""
-    interrupts: list[int] = []
-
-    def on_interrupt(number: int, _) -> None:
-        interrupts.append(number)
-        print("\nsaving after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
-        signal.signal(signal.SIGINT, old_handler)
-
-    old_handler = signal.signal(signal.SIGINT, on_interrupt)
-    return interrupts, old_handler
-
-
-def check_ranges(args: Args, positive: list[str], not_negative: list[str]) -> None:
-    """Numbers that must be > 0, and numbers that must be >= 0, where they are not None."""
-    for name in positive:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:  # so written, nan is refused too
-            bad_input(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in not_negative:
-        if getattr(args, name) is not None and not getattr(args, name) >= 0:
-            bad_input(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+def encode_answer(
+    prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """Ids of an answer after its prompt's, and whether each belongs to the assistant. An assistant turn ends as the chat
+    template ends it, or with EOS."""
+    whole, completion, counts = conversation_ids(prompt, [], tokenizer), [], []
+    for end, turn in enumerate(answer, 1):
+        longer, closing = conversation_ids(prompt, answer[:end], tokenizer), []
+        ids, fits = longer[len(whole) :], longer[: len(whole)] == whole
+        if not fits:  # tokens merge across the border
+            ids = tokenizer(turn["content"], add_special_tokens=False).input_ids
+            if tokenizer.chat_template is not None and len(answer) > 1:
+                raise ValueError(f"--dataset-name: row {number}: the chat template changes earlier turns")
+        if turn["role"] == "assistant" and not (fits and tokenizer.chat_template is not None):
+            closing = [tokenizer.eos_token_id]
+        whole = whole + ids
+        completion += ids + closing
+        counts += [turn["role"] == "assistant"] * len(ids + closing)
+    return completion, counts
 
 
-def check_dpo_args(args: Args, world_size: int) -> None:
-    """Whatever the flags alone show to be wrong."""
-    check_ranges(
-        args, ["num_train_epochs", "max_steps", "eval_steps", "save_steps", "max_eval_samples", "learning_rate",
-               "train_batch_size", "max_length", "max_tokens_per_microbatch", "max_grad_norm", "beta"],
-        ["warmup_steps", "sft_steps", "weight_decay", "min_lr_rate", "label_smoothing", "rpo_alpha"],
-    )
-    if args.train_batch_size % world_size:
-        bad_input(f"--train-batch-size {args.train_batch_size} does not divide by {world_size} processes")
-    if args.loss_type not in ("sigmoid", "ipo", "robust", "hinge"):
-        bad_input(f"--loss-type {args.loss_type} is none of sigmoid, ipo, robust, hinge")
-    if args.label_smoothing >= 0.5:
-        bad_input(f"--label-smoothing must be below 0.5, but is {args.label_smoothing}")
-    if args.label_smoothing > 0 and args.loss_type not in ("sigmoid", "robust"):
-        bad_input(f"--label-smoothing has no meaning for --loss-type {args.loss_type}")
-    if args.dataset_name is not None and args.model_name_or_path is None:
-        bad_input("--dataset-name needs --model-name-or-path: the embedded model reads nothing but two-digit addition")
+def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
+    """Pairs {prompt, answer, ids, completions, masks, completion} of rows; see split_row. `completion` joins both, for
+    pack: the answers of a pair share a micro-batch. Pairs without a comparison are left out."""
+    pairs = []
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    for number, row in enumerate(rows, 1):
+        turns, answers = split_row(row, number, tokenizer.chat_template is not None)
+        if len(answers) != 2:
+            raise ValueError(f"--dataset-name: row {number} has {len(answers)} completions, but DPO compares two")
+        prompt, ids = "\n".join(turn["content"] for turn in turns), conversation_ids(turns, [], tokenizer)
+        room = max(0, max_length - len(ids))
+        encoded = [encode_answer(turns, answer, number, tokenizer) for answer in answers]
+        (chosen, chosen_mask), (rejected, rejected_mask) = [(x[:room], mask[:room]) for x, mask in encoded]
+        if prompt.strip() and not unknown & {*ids} and chosen != rejected:
+            pairs.append({
+                "prompt": prompt, "answer": row.get("answer"), "ids": ids, "completion": chosen + rejected,
+                "completions": [chosen, rejected], "masks": [chosen_mask, rejected_mask],
+            })
+    if left_out := len(rows) - len(pairs):
+        print(f"{left_out} of {len(rows)} pairs are left out: an empty prompt, a prompt over {max_length} tokens or with "
+              "unknown characters, or answers that are equal within that length")
+    return pairs
+
+
+TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
+    (N,). Forward and backward go by tiles of the vocabulary: there is no (N, V) tensor."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // max(1, len(hidden)))
+        h = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)  # (N, H)
+        logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
+        for start in range(0, len(weight), size):
+            logits = (h @ weight[start : start + size].to(h.dtype).T).float().div_(temperature)  # (N, size)
+            logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
+            inside = ((target >= start) & (target < start + size)).nonzero()[:, 0]  # rows with their target here
+            logit[inside] = logits[inside, target[inside] - start]
+        ctx.save_for_backward(h, weight, target, logsumexp)
+        ctx.temperature, ctx.size = temperature, size
+        return logit - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        h, weight, target, logsumexp = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
+        for start in range(0, len(weight), ctx.size):
+            w = weight[start : start + ctx.size].to(h.dtype)  # (size, H)
+            # d logprob / d logits = onehot(target) - softmax, in fp32: both are near 1 for most tokens
+            d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
+            inside = ((target >= start) & (target < start + ctx.size)).nonzero()[:, 0]
+            d[inside, target[inside] - start] += 1
+            d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
+            d_hidden += d @ w
+            d_weight[start : start + ctx.size] = d.T @ h
+        return d_hidden, d_weight, None, None
+
+
+def fits_tree(model: PreTrainedModel) -> bool:
+    """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
+    config = model.config.get_text_config()
+    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
+    return not unusual and model.config._attn_implementation == "sdpa"
+
+
+def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
+    prompt's positions."""
+    K, device = len(completions) // len(prompts), model.device
+    if K > 1 and not fits_tree(model):
+        prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
+    rows, predictors = [], []  # (token, position, branch) of inputs; (row, index) of those that predict a token
+    for r, prompt in enumerate(prompts):
+        row = [(token, t, 0) for t, token in enumerate(prompt)]
+        for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
+            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
+            predictors += [(r, index) for index in indices[: len(completion)]]
+            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
+        rows.append(torch.tensor(row))
+    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
+    inputs = {"input_ids": ids, "use_cache": False}
+    if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
+        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
+    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
+    row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
+    return hidden[row, index]
+
+
+def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
+    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
+    target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
+    logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
+    return pad_sequence(logprobs.split(lengths), batch_first=True)
+
+
+def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
+    """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
+    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over its
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
+    L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
+    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
+    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
+    rows = [samples[i : i + K] for i in range(0, len(samples), K)]
+    lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
+    batches: list[tuple[list, list, list]] = []
+    for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
+        if not batches or (len(batches[-1][1]) + 1) * lengths[r] > max_tokens:
+            batches.append(([], [], []))
+        indices, prompts, completions = batches[-1]
+        indices += range(r * K, r * K + K)
+        prompts.append(rows[r][0]["ids"])
+        completions += [s["completion"] for s in rows[r]]
+    return batches
+
+
+def pair_logps(model: PreTrainedModel, pairs: list[dict]) -> Tensor:
+    """Log-probabilities (R, 2) of the chosen and the rejected answers: sums over the tokens that count."""
+    completions = [completion for pair in pairs for completion in pair["completions"]]
+    logprobs = completion_logprobs(model, [pair["ids"] for pair in pairs], completions, 1.0)  # (B, T)
+    mask = pad_sequence([torch.tensor(mask) for pair in pairs for mask in pair["masks"]], batch_first=True)  # (B, T)
+    return logprobs.masked_fill(~mask.to(model.device), 0.0).sum(1).view(-1, 2)
+
+
+@torch.no_grad()
+def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int) -> Tensor:
+    """pair_logps (N, 2) of all pairs. The processes share the work."""
+    model.eval()
+    logps, rank, world_size = torch.zeros(len(pairs), 2, device=model.device), 0, 1
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    for mb, *_ in pack(model, pairs, 1, max_tokens)[rank::world_size]:
+        logps[mb] = pair_logps(model, [pairs[i] for i in mb])
+    if dist.is_initialized():
+        dist.all_reduce(logps)
+    return logps
+
+
+def cached_logps(model: PreTrainedModel, splits: list[list[dict]], max_tokens: int, folder: Path) -> Tensor:
+    """all_logps of each of the splits, (N, 2) together, from a file in folder if it has one for the same weights,
+    pairs and precision."""
+    digest = hashlib.sha256(f"{model.config} {model.device.type} {torch.__version__} {max_tokens}".encode())
+    digest.update(str(torch.is_autocast_enabled(model.device.type)).encode())
+    digest.update(json.dumps([[p["ids"], p["completions"], p["masks"]] for split in splits for p in split]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    path = folder / f"{digest.hexdigest()}.safetensors"
+    logps = torch.full((sum(map(len, splits)), 2), math.nan, device=model.device)  # (N, 2)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first and path.is_file():
+        logps = load_file(path, device=str(model.device))["logps"]
+    if dist.is_initialized():
+        dist.broadcast(logps, 0)
+    if logps.isnan().any():
+        logps = torch.cat([all_logps(model, split, max_tokens) for split in splits])
+        if is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"logps": logps}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+    return logps
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, and return the final metrics, which are also in <run folder>/summary.json."""
-    # ---- set-up: whatever is wrong with flags, model or data is said before anything is written
-    start_time, state = time.time(), None
+    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    # ---- set-up
+    start_time, checkpoint = time.time(), None
     if args.resume is not None:
-        args, state = load_run(args)
-    device, rank, world_size = set_up_process(args)
-    check_dpo_args(args, world_size)
-    args = replace(args, bf16=args.bf16 and (device.type == "cuda" or not torch.cuda.is_available()))
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    embedded = args.model_name_or_path is None
-    initial = args.model_name_or_path or f"{args.resume}/sft"  # the model that training starts from
-    if embedded and args.resume is None:
-        model, tokenizer = embedded_model(args.seed)
-    else:
-        tokenizer = load_tokenizer(initial, "--model-name-or-path")
-        model = load_model(initial, "--model-name-or-path")
-    if tokenizer.eos_token_id is None:
-        bad_input(f"--model-name-or-path {initial}: its tokenizer has no EOS token to end an answer with")
-    ref_model = model  # also when resumed: its weights are still those that training started from
-    if args.ref_model_name_or_path is not None:
-        ref_model = load_model(args.ref_model_name_or_path, "--ref-model-name-or-path").to(device)
-        if ref_model.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
-            bad_input(f"--ref-model-name-or-path {args.ref_model_name_or_path} has another vocabulary than the model")
-    if args.dataset_name:
-        train_rows, test_rows = load_rows(args)
-    else:
-        make_pairs = partial(addition_pairs, errors=(-10, -1, 1, 10), seed=args.seed)
-        train_rows, test_rows = (make_pairs(rows, count) for rows, count in zip(addition_rows(args.seed), (3, 1)))
-    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", math.inf) for m in (model, ref_model)]
-    max_length = min(args.max_length, *contexts)
-    cpu_tokens = 512 if model.config.get_text_config().vocab_size > 65536 else 1024
-    max_tokens = args.max_tokens_per_microbatch or (16384 if device.type == "cuda" else cpu_tokens)
-    examples = encode_pairs(train_rows, "training", tokenizer, max_length)
-    test_examples = encode_pairs(test_rows[: args.max_eval_samples], "held-out", tokenizer, max_length)
-    total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(examples) / args.train_batch_size))
-
-    # ---- run folder, initial model, optimizer
+        run_dir = Path(args.resume)
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+        saved = json.loads((run_dir / "args.json").read_text())
+        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        if changed or saved["script"] != Path(__file__).name:
+            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+        args = Args(**{**saved["args"], "resume": args.resume})
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    B = args.train_batch_size
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if B < 1 or B % world_size:
+        raise ValueError(f"--train-batch-size {B} is no multiple of {world_size} processes")
+    if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss_type in ("ipo", "hinge")):
+        raise ValueError(f"--label-smoothing {args.label_smoothing} must be below 0.5, and 0 for ipo and hinge")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     task = Path(args.dataset_name).stem if args.dataset_name else "addition"
-    run_time = all_reduce(torch.tensor(time.time() * (rank == 0), dtype=torch.float64, device=device))
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(run_time)}")
-    writer = open_run(args, run_dir, state["step"] if state is not None else 0) if rank == 0 else None
-    if embedded and args.resume is None:
-        initial = f"{run_dir}/sft"
-        if rank == 0:
-            supervised_phase(model.to(device), tokenizer, train_rows, args.sft_steps, args.seed)
-            save_model(Path(initial), model, tokenizer)
-        wait_for_all(device)
-        model = load_model(initial, "--model-name-or-path")
-        ref_model = ref_model if args.ref_model_name_or_path else model
-    model.to(device)
-    states_fn = choose_states_fn(model, test_examples[0]["query"])
-    if states_fn is padded_states and rank == 0:
-        print("a tree mask does not fit this architecture: answers are padded instead of packed behind their prompt")
-
-    def logps_fn(model: PreTrainedModel, batch: list[dict], states_fn: Callable) -> tuple[Tensor, Tensor]:
-        with autocast():
-            return pair_logps(states_fn, model, batch, tokenizer.pad_token_id)
-
-    # ---- the reference's log-probabilities, once: then it leaves memory
-    flag = "--ref-model-name-or-path" if args.ref_model_name_or_path else "--model-name-or-path"
-    ref_states_fn = choose_states_fn(ref_model, test_examples[0]["query"], flag)
-    ids = [[example["query"], *example["responses"]] for example in examples + test_examples]
-    settings = f"{ref_states_fn.__name__} {device.type} bf16={args.bf16} {max_tokens} tokens torch {torch.__version__}"
-    ref_file = Path(args.output_dir) / ".reference_logps" / f"{fingerprint(ref_model, ids, settings)}.pt"
-    ref_logps = read_cache(ref_file, len(ids), device)  # (N, 2)
-    if ref_logps is None:
-        lengths = example_lengths(examples + test_examples, ref_states_fn is packed_states)
-        ref_logps_fn = partial(logps_fn, states_fn=ref_states_fn)
-        ref_logps = all_logps(ref_logps_fn, ref_model, examples + test_examples, lengths, max_tokens, rank, world_size)
-        if rank == 0:
-            ref_file.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(run_dir / ref_file.name, {"logps": ref_logps})
-            os.replace(run_dir / ref_file.name, ref_file)  # another run may be doing the same
-    del ref_model
-    ref_logps, test_ref_logps = ref_logps.to(device).split([len(examples), len(test_examples)])  # (N, 2)
-
+    unix_time = torch.tensor(int(start_time), device=device)
+    if dist.is_initialized():
+        dist.broadcast(unix_time, 0)
+    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
+    initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
+    if rank == 0:
+        print(run_dir)
+        if args.model_name_or_path is None and args.resume is None:
+            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+    if dist.is_initialized():
+        dist.barrier()
+    model, tokenizer = load_pretrained(initial, "--model-name-or-path")
+    reference, flag = model, "--ref-model-name-or-path"  # also when resumed: these weights are the initial ones
+    if args.ref_model_name_or_path is not None:
+        reference, ref_tokenizer = load_pretrained(args.ref_model_name_or_path, flag)
+        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{flag} {args.ref_model_name_or_path} has another vocabulary than --model-name-or-path")
+    configs = [m.config.get_text_config() for m in (model, reference)]
+    max_length = min([args.max_length, *(getattr(c, "max_position_embeddings", math.inf) for c in configs)])
+    sums, other_sums = addition_rows()
+    pairs = addition_pairs(sums, 3, args.seed), addition_pairs(other_sums, 1, 0)
+    splits = load_rows(args) if args.dataset_name else pairs
+    train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
+    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+        counts = Counter(random.Random(0).sample([pair["prompt"] for pair in train], len(train)))
+        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([p for p in train if (p["prompt"] in chosen) == side] for side in (False, True))
+    held_out = held_out[: args.max_eval_samples]
+    if not train or not held_out:
+        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+    with autocast():
+        folder, max_tokens = Path(args.output_dir) / ".reference_logps", args.max_tokens_per_microbatch
+        ref_logps = cached_logps(reference.to(device), [train, held_out], max_tokens, folder)  # (N, 2)
+    del reference  # training does not need its memory
+    for pair, values in zip(train + held_out, ref_logps.tolist()):
+        pair["ref_logps"] = values
+    num_steps = args.max_steps
+    if num_steps is None:
+        num_steps = max(1, round(args.num_train_epochs * len(train) / B))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    beta = args.beta or (0.3 if embedded else 0.1)
-    peak_lr = args.learning_rate or (1e-3 if embedded else 1e-6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=args.weight_decay, fused=True)
-    metrics: dict[str, float] = {}
-    first_step, seconds_before = 0, 0.0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        metrics, first_step, seconds_before = state["metrics"], state["step"], state["seconds"]
-        del state  # else the weights and moments stay in memory twice
+    peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
+    schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    progress = {"step": 0, "metrics": {}}
+    if checkpoint is not None:
+        progress = {name: checkpoint[name] for name in progress}
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
+        if args.resume is None:
+            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
 
-    # ---- what training and evaluation share
-    def loss_and_stats(logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (R,) and what is logged of each pair, (R,); logps, ref_logps and lengths (R, 2)."""
-        counts = lengths if args.loss_type == "ipo" else torch.ones_like(lengths)  # (R, 2)
+    def losses_and_stats(pairs: list[dict], logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (R,) of pairs with the policy's log-probabilities logps (R, 2), and what is logged, each (R,)."""
+        lengths = torch.tensor([[sum(mask) for mask in pair["masks"]] for pair in pairs], device=device)  # (R, 2)
+        ref_logps = torch.tensor([pair["ref_logps"] for pair in pairs], device=device)  # (R, 2)
+        scale = 1 / lengths if args.loss_type in ("ipo", "sigmoid_norm") else torch.ones_like(lengths)  # (R, 2)
         losses, chosen, rejected = dpo_loss(
-            *(logps / counts).unbind(1), *(ref_logps / counts).unbind(1), beta, args.loss_type, args.label_smoothing
+            *(logps * scale).unbind(1), *(ref_logps * scale).unbind(1), args.beta, args.loss_type, args.label_smoothing
         )
-        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO
+        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO eq. 1
+        margins = chosen - rejected  # (R,)
         return losses, {
-            "loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
-            # a tie counts one half: at the first step policy and reference are equal, but for rounding
-            "rewards/accuracies": 0.5 + (chosen - rejected).sign() * ((chosen - rejected).abs() > 1e-5) / 2,
-            "rewards/margins": chosen - rejected,
+            "loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins,
+            "rewards/accuracies": torch.where(margins.abs() < 1e-5, 0.5, (margins > 0).float()),  # ties count half
             "logps/chosen": logps[:, 0].detach(), "logps/rejected": logps[:, 1].detach(),
         }
 
-    def run_evaluation(step: int) -> dict[str, float]:
-        model.eval()
-        lengths = example_lengths(test_examples, states_fn is packed_states)
-        policy_logps_fn = partial(logps_fn, states_fn=states_fn)
-        logps = all_logps(policy_logps_fn, model, test_examples, lengths, max_tokens, rank, world_size).to(device)
-        lengths = torch.tensor([[len(r) for r in example["responses"]] for example in test_examples], device=device)
-        _, stats = loss_and_stats(logps, test_ref_logps, lengths)
+    def evaluate(step: int) -> dict[str, float]:
+        """Metrics on held-out pairs. For the tiny model also the share of sampled answers that are right."""
+        with autocast():
+            _, stats = losses_and_stats(held_out, all_logps(model, held_out, max_tokens))
         results = {f"eval/{name}": value.mean().item() for name, value in stats.items()}
-        if embedded:
-            results["eval/accuracy"], table = sampled_accuracy(model, tokenizer, test_examples, args.seed)
+        if args.model_name_or_path is None:
+            ids, text = [pair["ids"] for pair in held_out], "| prompt | completion | reward |\n|---|---|---|\n"
+            query = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(device)
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)  # the same random numbers each time
+                whole = model.generate(**query, max_new_tokens=16, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+            completions = tokenizer.batch_decode(whole[:, query.input_ids.shape[1] :], skip_special_tokens=True)
+            right = [x.split("=")[-1] == pair["answer"] for x, pair in zip(completions, held_out)]
+            results["eval/accuracy"] = sum(right) / len(right)
+            for pair, completion, reward in zip(held_out[:32], completions, right):
+                text += f"| {pair['prompt']} | {completion} | {reward:.2f} |\n"
         if rank == 0:
-            if embedded:
-                writer.add_text("samples", table, step)
+            if args.model_name_or_path is None:
+                writer.add_text("samples", text, step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
         return results
 
-    def save(path: Path, step: int) -> None:
-        if rank == 0:
-            save_checkpoint(path, {
-                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics,
-                "seconds": seconds_before + time.time() - start_time,
-            })
-
     if args.resume is None:
-        metrics = {f"{name}_before": value for name, value in run_evaluation(0).items()}
+        progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
-    done, batch_size = first_step, args.train_batch_size
-    interrupts, old_handler = catch_ctrl_c()
-    bar = trange(first_step, total_steps, initial=first_step, total=total_steps, disable=rank != 0)
+    epochs = [random.Random(f"{args.seed} {e}") for e in range(num_steps * B // len(train) + 1)]
+    order = [pair for epoch in epochs for pair in epoch.sample(train, len(train))]  # needs no checkpoint
+    bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
     for step in bar:
         # ---- batch
-        step_start = time.time()
-        batch = data_order(step * batch_size, batch_size, len(examples), args.seed)
-        batch = batch[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
-        lengths = example_lengths([examples[i] for i in batch], states_fn is packed_states)
-        microbatches = [[batch[i] for i in rows] for rows in make_microbatches(lengths, max_tokens)]
+        step_start, start = time.time(), (step * world_size + rank) * B // world_size
+        pairs, stats = order[start : start + B // world_size], defaultdict(float)
 
         # ---- update
-        lr = peak_lr * lr_factor(step, total_steps, args.warmup_steps, args.lr_scheduler_type, args.min_lr_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         model.train()
-        sums = {"tokens": sum(lengths)}
-        for mb in microbatches:
-            logps, mb_lengths = logps_fn(model, [examples[i] for i in mb], states_fn)  # (R, 2)
-            losses, stats = loss_and_stats(logps, ref_logps[mb], mb_lengths)  # (R,)
-            (losses.sum() / batch_size).backward()
-            for name, value in stats.items():
-                sums[f"train/{name}"] = sums.get(f"train/{name}", 0.0) + value.sum() / batch_size
-        for parameter in model.parameters():  # by hand: DDP wants as many micro-batches in every process
-            if parameter.grad is not None:
-                all_reduce(parameter.grad)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if not grad_norm.isfinite():
-            save(run_dir / "nonfinite.pt", step)
-            wait_for_all(device)
-            bad_input(f"the gradient of step {step + 1} is not finite; {run_dir}/nonfinite.pt is the state then")
+        for mb, *_ in pack(model, pairs, 1, max_tokens):
+            mb_pairs = [pairs[i] for i in mb]
+            with autocast():
+                logps = pair_logps(model, mb_pairs)  # (R, 2)
+            losses, mb_stats = losses_and_stats(mb_pairs, logps)  # (R,), each (R,)
+            (losses.sum() / B).backward()
+            for name, value in mb_stats.items():
+                stats[f"train/{name}"] += value.sum() / B
+        for parameter in model.parameters():  # DDP would need as many micro-batches in every process
+            if dist.is_initialized() and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+        learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
 
-        # ---- log
-        logs = sum_over_processes({**sums, "interrupts": len(interrupts)}, device)
-        tokens, interrupted = logs.pop("tokens"), logs.pop("interrupts") > 0
+        # ---- log: means over the whole batch and all processes
+        stats["num_tokens"] = torch.tensor(sum(len(p["ids"] + p["completion"]) for p in pairs), device=device)
+        sums = torch.stack([*stats.values()])  # (tags,)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        progress["step"] = step + 1
+        logs = dict(zip(stats, sums.tolist()))
         logs |= {
-            "train/grad_norm": grad_norm.item(),
-            "train/epoch": (step + 1) * batch_size / len(examples),
-            "charts/learning_rate": lr,
-            "charts/SPS": tokens / (time.time() - step_start),
+            "train/grad_norm": grad_norm, "train/epoch": (step + 1) * B / len(train),
+            "charts/learning_rate": learning_rate, "charts/SPS": logs.pop("num_tokens") / (time.time() - step_start),
         }
+        bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/rewards/accuracies']:.2f}")
         if rank == 0:
             for name, value in logs.items():
                 writer.add_scalar(name, value, step + 1)
-        bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/rewards/accuracies']:.2f}")
 
         # ---- evaluate, save
-        done = step + 1
-        if done % args.eval_steps == 0 and done < total_steps and not interrupted:
-            run_evaluation(done)
-        if done % args.save_steps == 0 or done == total_steps or interrupted:
-            save(run_dir / "checkpoint.pt", done)
-        if interrupted:
-            break
+        if (step + 1) % args.eval_steps == 0 and step + 1 < num_steps:
+            evaluate(step + 1)
+        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
+            # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
+            model.save_pretrained(run_dir / "model.tmp")
+            tokenizer.save_pretrained(run_dir / "model.tmp")
+            torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
+            shutil.rmtree(run_dir / "model", ignore_errors=True)
+            os.replace(run_dir / "model.tmp", run_dir / "model")
+            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    signal.signal(signal.SIGINT, old_handler)
-    if rank == 0:
-        save_model(run_dir / "model", model, tokenizer)
-    wait_for_all(device)  # one that ended early would have torchrun end the others
-    if done < total_steps:
-        if rank == 0:
-            print(f"stopped by Ctrl-C after step {done}; --resume {run_dir} goes on")
-        raise SystemExit(130)
-    metrics |= run_evaluation(total_steps)
-    metrics |= {"seed": args.seed, "wall_seconds": seconds_before + time.time() - start_time}
+    metrics = progress["metrics"] | evaluate(num_steps) | {"seed": args.seed}
+    metrics["wall_seconds"] = time.time() - start_time
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name in metrics:
-            if f"{name}_before" in metrics:
-                print(f"{name}: {metrics[f'{name}_before']:.3f} -> {metrics[name]:.3f}")
+        for name, before in progress["metrics"].items():
+            print(f"{name.removesuffix('_before')}: {before:.3f} -> {metrics[name.removesuffix('_before')]:.3f}")
         print(run_dir)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1058,12 +677,9 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli_args = tyro.cli(Args)
-    others = [flag for flag in sys.argv[1:] if flag.startswith("--") and not flag.startswith("--resume")]
-    if cli_args.resume is not None and others:
-        bad_input(f"{others[0]} cannot be given beside --resume, which takes that run's flags")
     try:
-        main(cli_args)
-    except KeyboardInterrupt:  # outside the training loop, where Ctrl-C saves
-        print("stopped at once; a run folder that has a checkpoint.pt can be resumed", file=sys.stderr)
-        raise SystemExit(130) from None
+        main(tyro.cli(Args))
+    except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
+        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -570,7 +570,7 @@ def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
     if dist.is_initialized():
         for name, value in values.items():
             values[name] = value.new_empty(dist.get_world_size() * len(value))
-            dist.all_gather_into_tensor(values[name], value)
+            dist.all_gather_single(values[name], value)
     return values
 
 

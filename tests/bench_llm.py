@@ -209,7 +209,7 @@ def policy_ours(spec: dict, watch: Stopwatch) -> None:
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
     flags = {"eval_generations": 1}  # fewer than in training, so that the stopwatch tells them apart
     if spec["method"] == "ppo":
-        flags = {
+        flags |= {
             "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
             "share_value_backbone": spec["share_value_backbone"],
         }  # fmt: skip
@@ -324,14 +324,14 @@ def pairs_ours(spec: dict, watch: Stopwatch) -> None:
     import reward_model
 
     script = dpo if spec["method"] == "dpo" else reward_model
-    data_order = script.data_order
+    lr_factor = script.lr_factor
 
-    def watched_data_order(*args):
+    def watched_lr_factor(*args):  # asked for once before training, and after each optimizer step
         watch.next_step()
         watch.lengths = [ANSWER_LENGTH] * 2 * PAIRS
-        return data_order(*args)
+        return lr_factor(*args)
 
-    script.data_order = watched_data_order
+    script.lr_factor = watched_lr_factor
     steps = watch.steps_left + 1
     script.main(script.Args(
         model_name_or_path="model", dataset_name="pairs.jsonl", device=spec["device"], bf16=spec["bf16"],

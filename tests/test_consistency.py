@@ -13,7 +13,7 @@ from conftest import ROOT, run_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-SHORT = ["grpo_llm"]  # scripts that already have the short form of version 0.2
+SHORT = ["dpo", "grpo_llm", "ppo_llm", "reward_model"]  # scripts that already have the short form of version 0.2
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 README = (ROOT / "README.md").read_text()
 # Flags of a run of seconds that writes every tag of its script.
