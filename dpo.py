@@ -5,14 +5,13 @@
 # ///
 """DPO: train a language model on preferences, without a reward model and without sampling.
 
-For each prompt x, the answer y_w is preferred to y_l. A policy that maximizes a reward under a KL penalty to a reference
-implies that reward: beta log pi / pi_ref, plus a term of x that cancels in the comparison. So the Bradley-Terry
-likelihood of the preferences is a loss for the policy itself.
+Each prompt x has two answers; y_w is preferred to y_l. A policy that maximizes a reward under a KL penalty determines
+that reward: it is beta log pi / pi_ref plus a term of x alone, which cancels when two answers are compared. So the
+likelihood of the preferences (Bradley-Terry) is a loss for the policy itself.
 
     L(theta) = -E[ log sigmoid( beta (log pi(y_w|x) / pi_ref(y_w|x) - log pi(y_l|x) / pi_ref(y_l|x)) ) ]
 
-DPO: arXiv:2305.18290. `--loss-type` has its variants, with their papers at dpo_loss. `--rpo-alpha` adds the negative
-log-likelihood of the chosen answers, arXiv:2404.19733.
+Rafailov et al. 2023, arXiv:2305.18290, eq. 7. dpo_loss names the papers of the variants.
 
     python dpo.py                                  # laptop, offline: a tiny model learns to show its work
     python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
@@ -20,14 +19,12 @@ log-likelihood of the chosen answers, arXiv:2404.19733.
     torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
     python dpo.py --resume runs/<run folder>       # continue exactly where the last checkpoint was written
 
-Shapes: N pairs of a split, R pairs of a micro-batch, B sequences (chosen, rejected, chosen, ...), T tokens per answer,
-L_q prompt tokens, K answers per row, H hidden size, V vocabulary. `logps` are sums over an answer's tokens, in nats.
-`mask` is True where a token counts: those of assistant turns, with the end of each turn.
+Shapes: N pairs, R of them in a micro-batch, B = 2 R answers (chosen, rejected, chosen, ...) of T tokens, H hidden size,
+V vocabulary. `logps` are sums over an answer's tokens. `mask` is True for tokens that count: those of assistant turns.
 
 Deliberately not here: online DPO (new samples), KTO (unpaired preferences), LoRA, sharded weights. See TRL.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -41,17 +38,15 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Iterator, Literal
 
 import datasets
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 import tyro
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -93,12 +88,10 @@ class Args:
     max_steps: int | None = None  # optimizer steps, instead of --num-train-epochs
     eval_steps: int = 50  # steps between evaluations
     save_steps: int = 50  # steps between checkpoints
-    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, else 1e-6
+    learning_rate: float | None = None  # peak. None: 3e-4 for the tiny model, else 1e-6
     train_batch_size: int = 64  # pairs per optimizer step, over all processes
     max_length: int = 1024  # tokens of a prompt with its answer, whose end is cut off
-    # strength of the KL penalty to the reference. ipo and sigmoid_norm need a larger one (Tulu 3 has 5), since their
-    # log-probabilities are means over tokens
-    beta: float = 0.1
+    beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Larger for ipo and sigmoid_norm
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # see dpo_loss
     label_smoothing: float = 0.0  # share of the labels assumed to be wrong, for sigmoid(_norm) and robust
     rpo_alpha: float = 0.0  # weight of the chosen answer's negative log-likelihood per token
@@ -109,23 +102,19 @@ def dpo_loss(
     beta: float, loss_type: str, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, chosen rewards and rejected rewards, each (R,), from log-probabilities (R,) of answers, in nats. Rewards
-    have no gradient. For ipo and sigmoid_norm, main passes means over tokens instead of sums: with sums, the same beta
-    would mean less for longer answers."""
+    have no gradient. For ipo and sigmoid_norm, main passes means over tokens: these are smaller, so beta is larger."""
     chosen_log_ratio = policy_chosen_logps - ref_chosen_logps  # (R,)
     rejected_log_ratio = policy_rejected_logps - ref_rejected_logps  # (R,)
-    difference = chosen_log_ratio - rejected_log_ratio  # (R,)
-    right, wrong = -F.logsigmoid(beta * difference), -F.logsigmoid(-beta * difference)  # (R,): by the label's direction
-    if loss_type in ("sigmoid", "sigmoid_norm"):
-        # DPO eq. 7; smoothed: cDPO, https://ericmitchell.ai/cdpo.pdf eq. 3. Norm: Tulu 3, arXiv:2411.15124
-        losses = (1 - label_smoothing) * right + label_smoothing * wrong
-    elif loss_type == "robust":  # rDPO, arXiv:2403.00409: unbiased if that share of the labels is wrong
-        losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    elif loss_type == "hinge":  # SLiC's, on log ratios: RSO, arXiv:2309.06657
+    difference, e = chosen_log_ratio - rejected_log_ratio, label_smoothing  # (R,)
+    right, wrong = (-nn.functional.logsigmoid(x) for x in (beta * difference, -beta * difference))  # (R,) each
+    if loss_type in ("sigmoid", "sigmoid_norm"):  # DPO eq. 7. With means: Tulu 3, arXiv:2411.15124
+        losses = (1 - e) * right + e * wrong  # smoothed: cDPO eq. 3, ericmitchell.ai/cdpo.pdf
+    elif loss_type == "robust":  # rDPO, arXiv:2403.00409: unbiased if a share e of the labels is wrong
+        losses = ((1 - e) * right - e * wrong) / (1 - 2 * e)
+    elif loss_type == "hinge":  # SLiC's hinge on DPO's log ratios: RSO, arXiv:2309.06657
         losses = (1 - beta * difference).relu()
-    elif loss_type == "ipo":  # IPO, arXiv:2310.12036, eq. 17: pulls the difference to 1 / (2 beta)
+    else:  # IPO, arXiv:2310.12036, eq. 17: the best difference is 1 / (2 beta)
         losses = (difference - 1 / (2 * beta)).square()
-    else:
-        raise ValueError(f"unknown loss_type {loss_type!r}")
     return losses, (beta * chosen_log_ratio).detach(), (beta * rejected_log_ratio).detach()
 
 
@@ -152,15 +141,13 @@ def demonstrate(row: dict, rng: random.Random) -> str:
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
 
 
-def addition_pairs(rows: list[dict], count: int, seed: int) -> list[dict]:
-    """`count` pairs for each sum: a right answer, which almost always shows its work, and a near miss, which usually does
-    not. A near miss forgets the carry, if there is one, or is off by one."""
+def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, ...] = (-10, -1, 1, 10)) -> list[dict]:
+    """`count` pairs per sum: a right answer, mostly with its work shown, and one off by an error, mostly without."""
     pairs, rng = [], random.Random(seed)
     for row in rows * count:
-        a, b = map(int, row["prompt"][:-1].split("+"))
-        units = a % 10 + b % 10
-        miss = a + b - 10 if units >= 10 and rng.random() < 0.75 else a + b + rng.choice((-1, 1))
-        chosen = f"-{units}={a + b}" if rng.random() < 0.95 else str(a + b)
+        units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
+        miss = total + rng.choice(errors)
+        chosen = f"-{units}={total}" if rng.random() < 0.95 else str(total)
         rejected = f"-{units}={miss}" if rng.random() < 1 / 3 else str(miss)
         pairs.append({**row, "chosen": chosen, "rejected": rejected})
     return pairs
@@ -226,14 +213,12 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
 
 
 def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
-    """Turns of a text in the form of Anthropic/hh-rlhf: `\\n\\nHuman: ...\\n\\nAssistant: ...`. If the markers are kept,
-    the contents add up to the text."""
+    """Turns of a text like Anthropic/hh-rlhf's. With its markers (`\\n\\nHuman:`) kept, the contents add up to it."""
     turns = []
     for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
         role = "user" if piece.startswith("\n\nHuman:") else "assistant"
-        if not keep_markers:
-            piece = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
-        turns.append({"role": role, "content": piece})
+        content = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
+        turns.append({"role": role, "content": piece if keep_markers else content})
     return turns
 
 
@@ -242,7 +227,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
     An absent prompt is their longest common beginning: of turns, or of words in plain texts. A prompt never ends with
     an assistant turn, and an answer begins and ends with one."""
     prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
-    is_dialogue = False
+    answers, is_dialogue = answers if isinstance(answers, list) else [None], False
     if all(isinstance(text, str) for text in [prompt or "", *answers]):
         texts = [text if text.startswith("\n\nHuman:") else (prompt or "") + text for text in answers]
         is_dialogue = all(text.startswith("\n\nHuman:") for text in texts)
@@ -252,33 +237,27 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
             prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))
             answers = [text[len(prompt) :] for text in answers]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    wholes = []
-    for answer in answers:
-        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        if not isinstance(turns, list) or not all(
-            isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in prompt + turns
-        ):
-            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `chosen` and `rejected` "
-                             "(or `completions`) that are texts or lists of {role, content}")
-        starts_with_prompt = turns[: len(prompt)] == prompt or turns[1 : 1 + len(prompt)] == prompt  # after a system turn
-        wholes.append(turns if starts_with_prompt else prompt + turns)
-    n = 0
-    while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
-        n += 1
-    while n and wholes[0][n - 1]["role"] == "assistant":
-        n -= 1
-    prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
-    if not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
-        raise ValueError(f"--dataset-name: row {number}: after a common prompt, each answer must begin and end with an "
-                         "assistant turn")
+    answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
+    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])
+    is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
+    if is_valid:  # the prompt may be repeated, also after a system turn
+        wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
+        n = 0
+        while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
+            n += 1
+        while n and wholes[0][n - 1]["role"] == "assistant":
+            n -= 1
+        prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
+    if not is_valid or not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
+        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs `chosen` and `rejected`: "
+                         "texts, or lists of {role, content} that share a prompt and end with an assistant turn")
     if is_dialogue and not has_template:
         prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
     return prompt, answers
 
 
 def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt and of (the beginning of) an answer: by the chat template, which opens an assistant turn after a
-    user's, or as plain text."""
+    """Ids of a prompt and of (the beginning of) an answer: by the chat template, or as plain text."""
     if tokenizer.chat_template is not None:
         turns, is_open = prompt + answer, not answer or answer[-1]["role"] != "assistant"
         return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, tokenize=True, return_dict=False)
@@ -287,30 +266,25 @@ def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrain
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
 
 
-def encode_answer(
-    prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """Ids of an answer after its prompt's, and whether each belongs to the assistant. An assistant turn ends as the chat
-    template ends it, or with EOS."""
-    whole, completion, counts = conversation_ids(prompt, [], tokenizer), [], []
+def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """Ids of an answer after its prompt's, and whether each counts: those of assistant turns, with their end, do."""
+    whole, completion, mask = conversation_ids(prompt, [], tokenizer), [], []
     for end, turn in enumerate(answer, 1):
-        longer, closing = conversation_ids(prompt, answer[:end], tokenizer), []
-        ids, fits = longer[len(whole) :], longer[: len(whole)] == whole
-        if not fits:  # tokens merge across the border
-            ids = tokenizer(turn["content"], add_special_tokens=False).input_ids
-            if tokenizer.chat_template is not None and len(answer) > 1:
+        longer, is_ended = conversation_ids(prompt, answer[:end], tokenizer), tokenizer.chat_template is not None
+        ids = longer[len(whole) :]
+        if longer[: len(whole)] != whole:  # tokens merge across the border
+            if is_ended and len(answer) > 1:
                 raise ValueError(f"--dataset-name: row {number}: the chat template changes earlier turns")
-        if turn["role"] == "assistant" and not (fits and tokenizer.chat_template is not None):
-            closing = [tokenizer.eos_token_id]
-        whole = whole + ids
-        completion += ids + closing
-        counts += [turn["role"] == "assistant"] * len(ids + closing)
-    return completion, counts
+            ids, is_ended = tokenizer(turn["content"], add_special_tokens=False).input_ids, False
+        whole, is_assistant = whole + ids, turn["role"] == "assistant"
+        ids = ids + [tokenizer.eos_token_id] * (is_assistant and not is_ended)
+        completion += ids
+        mask += [is_assistant] * len(ids)
+    return completion, mask
 
 
 def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Pairs {prompt, answer, ids, completions, masks, completion} of rows; see split_row. `completion` joins both, for
-    pack: the answers of a pair share a micro-batch. Pairs without a comparison are left out."""
+    """Pairs {prompt, answer, ids, completions, masks} of rows, chosen first. Some are left out, and counted."""
     pairs = []
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
@@ -320,15 +294,12 @@ def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_lengt
         prompt, ids = "\n".join(turn["content"] for turn in turns), conversation_ids(turns, [], tokenizer)
         room = max(0, max_length - len(ids))
         encoded = [encode_answer(turns, answer, number, tokenizer) for answer in answers]
-        (chosen, chosen_mask), (rejected, rejected_mask) = [(x[:room], mask[:room]) for x, mask in encoded]
-        if prompt.strip() and not unknown & {*ids} and chosen != rejected:
-            pairs.append({
-                "prompt": prompt, "answer": row.get("answer"), "ids": ids, "completion": chosen + rejected,
-                "completions": [chosen, rejected], "masks": [chosen_mask, rejected_mask],
-            })
+        completions, masks = ([part[:room] for part in parts] for parts in zip(*encoded))
+        if prompt.strip() and not unknown & {*ids} and completions[0] != completions[1]:
+            pair = {"prompt": prompt, "answer": row.get("answer"), "ids": ids}
+            pairs.append({**pair, "completions": completions, "masks": masks})
     if left_out := len(rows) - len(pairs):
-        print(f"{left_out} of {len(rows)} pairs are left out: an empty prompt, a prompt over {max_length} tokens or with "
-              "unknown characters, or answers that are equal within that length")
+        print(f"{left_out} of {len(rows)} pairs left out: empty, equal in {max_length} tokens, or unknown characters")
     return pairs
 
 
@@ -412,69 +383,33 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
     return pad_sequence(logprobs.split(lengths), batch_first=True)
 
 
-def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple[list, list, list]]:
-    """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
-    K of the G completions of a prompt share a row, which computes the prompt once. But attention is dense over its
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
-    L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
-    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
-    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
-    rows = [samples[i : i + K] for i in range(0, len(samples), K)]
-    lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
-    batches: list[tuple[list, list, list]] = []
-    for r in sorted(range(len(rows)), key=lengths.__getitem__):  # rows of similar length need little padding
-        if not batches or (len(batches[-1][1]) + 1) * lengths[r] > max_tokens:
-            batches.append(([], [], []))
-        indices, prompts, completions = batches[-1]
-        indices += range(r * K, r * K + K)
-        prompts.append(rows[r][0]["ids"])
-        completions += [s["completion"] for s in rows[r]]
-    return batches
-
-
-def pair_logps(model: PreTrainedModel, pairs: list[dict]) -> Tensor:
-    """Log-probabilities (R, 2) of the chosen and the rejected answers: sums over the tokens that count."""
-    completions = [completion for pair in pairs for completion in pair["completions"]]
-    logprobs = completion_logprobs(model, [pair["ids"] for pair in pairs], completions, 1.0)  # (B, T)
-    mask = pad_sequence([torch.tensor(mask) for pair in pairs for mask in pair["masks"]], batch_first=True)  # (B, T)
-    return logprobs.masked_fill(~mask.to(model.device), 0.0).sum(1).view(-1, 2)
+def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Iterator[tuple]:
+    """Micro-batches of about max_tokens: indices of R pairs, and the log-probabilities (R, 2) of their answers, which
+    are sums over the tokens that count."""
+    lengths = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs]
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(pairs)), key=lengths.__getitem__):  # pairs of similar length need little padding
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    for mb in batches:
+        completions = [ids for i in mb for ids in pairs[i]["completions"]]  # chosen, rejected, chosen, ...
+        mask = pad_sequence([torch.tensor(mask) for i in mb for mask in pairs[i]["masks"]], batch_first=True)  # (B, T)
+        with autocast():
+            logprobs = completion_logprobs(model, [pairs[i]["ids"] for i in mb], completions, 1.0)  # (B, T)
+        yield mb, logprobs.masked_fill(~mask.to(model.device), 0.0).sum(1).view(-1, 2)
 
 
 @torch.no_grad()
-def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int) -> Tensor:
-    """pair_logps (N, 2) of all pairs. The processes share the work."""
+def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Tensor:
+    """Log-probabilities (N, 2) of all pairs. The processes share the work."""
     model.eval()
-    logps, rank, world_size = torch.zeros(len(pairs), 2, device=model.device), 0, 1
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    for mb, *_ in pack(model, pairs, 1, max_tokens)[rank::world_size]:
-        logps[mb] = pair_logps(model, [pairs[i] for i in mb])
+    logps = torch.zeros(len(pairs), 2, device=model.device)  # (N, 2)
+    share = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))
+    for mb, values in pair_logps(model, pairs[share], max_tokens, autocast):
+        logps[share][mb] = values
     if dist.is_initialized():
         dist.all_reduce(logps)
-    return logps
-
-
-def cached_logps(model: PreTrainedModel, splits: list[list[dict]], max_tokens: int, folder: Path) -> Tensor:
-    """all_logps of each of the splits, (N, 2) together, from a file in folder if it has one for the same weights,
-    pairs and precision."""
-    digest = hashlib.sha256(f"{model.config} {model.device.type} {torch.__version__} {max_tokens}".encode())
-    digest.update(str(torch.is_autocast_enabled(model.device.type)).encode())
-    digest.update(json.dumps([[p["ids"], p["completions"], p["masks"]] for split in splits for p in split]).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    path = folder / f"{digest.hexdigest()}.safetensors"
-    logps = torch.full((sum(map(len, splits)), 2), math.nan, device=model.device)  # (N, 2)
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if is_first and path.is_file():
-        logps = load_file(path, device=str(model.device))["logps"]
-    if dist.is_initialized():
-        dist.broadcast(logps, 0)
-    if logps.isnan().any():
-        logps = torch.cat([all_logps(model, split, max_tokens) for split in splits])
-        if is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({"logps": logps}, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
     return logps
 
 
@@ -494,10 +429,6 @@ def main(args: Args) -> dict[str, float]:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if B < 1 or B % world_size:
-        raise ValueError(f"--train-batch-size {B} is no multiple of {world_size} processes")
-    if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss_type in ("ipo", "hinge")):
-        raise ValueError(f"--label-smoothing {args.label_smoothing} must be below 0.5, and 0 for ipo and hinge")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -521,16 +452,8 @@ def main(args: Args) -> dict[str, float]:
     if dist.is_initialized():
         dist.barrier()
     model, tokenizer = load_pretrained(initial, "--model-name-or-path")
-    reference, flag = model, "--ref-model-name-or-path"  # also when resumed: these weights are the initial ones
-    if args.ref_model_name_or_path is not None:
-        reference, ref_tokenizer = load_pretrained(args.ref_model_name_or_path, flag)
-        if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{flag} {args.ref_model_name_or_path} has another vocabulary than --model-name-or-path")
-    configs = [m.config.get_text_config() for m in (model, reference)]
-    max_length = min([args.max_length, *(getattr(c, "max_position_embeddings", math.inf) for c in configs)])
-    sums, other_sums = addition_rows()
-    pairs = addition_pairs(sums, 3, args.seed), addition_pairs(other_sums, 1, 0)
-    splits = load_rows(args) if args.dataset_name else pairs
+    max_length = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", math.inf))
+    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 2, args.seed) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([pair["prompt"] for pair in train], len(train)))
@@ -539,28 +462,32 @@ def main(args: Args) -> dict[str, float]:
     held_out = held_out[: args.max_eval_samples]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    with autocast():
-        folder, max_tokens = Path(args.output_dir) / ".reference_logps", args.max_tokens_per_microbatch
-        ref_logps = cached_logps(reference.to(device), [train, held_out], max_tokens, folder)  # (N, 2)
-    del reference  # training does not need its memory
-    for pair, values in zip(train + held_out, ref_logps.tolist()):
-        pair["ref_logps"] = values
-    num_steps = args.max_steps
-    if num_steps is None:
-        num_steps = max(1, round(args.num_train_epochs * len(train) / B))
+    ids = held_out[0]["ids"] + held_out[0]["completions"][0]
+    loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    if abs(loss + completion_logprobs(model, [ids[:1]], [ids[1:]], 1.0).mean()) > 1e-3:
+        raise ValueError(f"{type(model).__name__} is not supported: it changes the logits after its head")
+    num_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
+    beta = (0.1 if args.model_name_or_path else 0.3) if args.beta is None else args.beta
+    peak_lr = (1e-6 if args.model_name_or_path else 3e-4) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    progress = {"step": 0, "metrics": {}}
+    progress = {"step": 0, "metrics": {}, "ref_logps": None}
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     if checkpoint is not None:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
+    else:  # the reference takes no memory during training
+        reference, _ = load_pretrained(args.ref_model_name_or_path or initial, "--ref-model-name-or-path")
+        ref_logps = all_logps(reference.to(device), train + held_out, args.max_tokens_per_microbatch, autocast)
+        progress["ref_logps"] = ref_logps.cpu()  # (N, 2)
+        del reference
+    for pair, ref_logps in zip(train + held_out, progress["ref_logps"].tolist()):
+        pair["ref_logps"] = ref_logps
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
         if args.resume is None:
@@ -572,9 +499,9 @@ def main(args: Args) -> dict[str, float]:
         ref_logps = torch.tensor([pair["ref_logps"] for pair in pairs], device=device)  # (R, 2)
         scale = 1 / lengths if args.loss_type in ("ipo", "sigmoid_norm") else torch.ones_like(lengths)  # (R, 2)
         losses, chosen, rejected = dpo_loss(
-            *(logps * scale).unbind(1), *(ref_logps * scale).unbind(1), args.beta, args.loss_type, args.label_smoothing
+            *(logps * scale).unbind(1), *(ref_logps * scale).unbind(1), beta, args.loss_type, args.label_smoothing
         )
-        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO eq. 1
+        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO, arXiv:2404.19733, eq. 1
         margins = chosen - rejected  # (R,)
         return losses, {
             "loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins,
@@ -584,23 +511,19 @@ def main(args: Args) -> dict[str, float]:
 
     def evaluate(step: int) -> dict[str, float]:
         """Metrics on held-out pairs. For the tiny model also the share of sampled answers that are right."""
-        with autocast():
-            _, stats = losses_and_stats(held_out, all_logps(model, held_out, max_tokens))
+        _, stats = losses_and_stats(held_out, all_logps(model, held_out, args.max_tokens_per_microbatch, autocast))
         results = {f"eval/{name}": value.mean().item() for name, value in stats.items()}
         if args.model_name_or_path is None:
-            ids, text = [pair["ids"] for pair in held_out], "| prompt | completion | reward |\n|---|---|---|\n"
-            query = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(device)
-            with torch.random.fork_rng():
-                torch.manual_seed(args.seed)  # the same random numbers each time
-                whole = model.generate(**query, max_new_tokens=16, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-            completions = tokenizer.batch_decode(whole[:, query.input_ids.shape[1] :], skip_special_tokens=True)
-            right = [x.split("=")[-1] == pair["answer"] for x, pair in zip(completions, held_out)]
+            query = tokenizer([pair["prompt"] for pair in held_out], return_tensors="pt").input_ids.to(device)  # (N, L)
+            torch.manual_seed(args.seed)  # the same random numbers each time; training needs none
+            whole = model.generate(query, max_new_tokens=16, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+            texts = tokenizer.batch_decode(whole[:, query.shape[1] :], skip_special_tokens=True)
+            right = [text.split("=")[-1] == pair["answer"] for text, pair in zip(texts, held_out)]
             results["eval/accuracy"] = sum(right) / len(right)
-            for pair, completion, reward in zip(held_out[:32], completions, right):
-                text += f"| {pair['prompt']} | {completion} | {reward:.2f} |\n"
+            table = "".join(f"| {p['prompt']} | {t} | {x:.2f} |\n" for p, t, x in zip(held_out[:32], texts, right))
+            if rank == 0:
+                writer.add_text("samples", f"| prompt | completion | reward |\n|---|---|---|\n{table}", step)
         if rank == 0:
-            if args.model_name_or_path is None:
-                writer.add_text("samples", text, step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
         return results
@@ -609,20 +532,15 @@ def main(args: Args) -> dict[str, float]:
         progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
     epochs = [random.Random(f"{args.seed} {e}") for e in range(num_steps * B // len(train) + 1)]
-    order = [pair for epoch in epochs for pair in epoch.sample(train, len(train))]  # needs no checkpoint
+    order = [pair for epoch in epochs for pair in epoch.sample(train, len(train))]
     bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
     for step in bar:
-        # ---- batch
-        step_start, start = time.time(), (step * world_size + rank) * B // world_size
-        pairs, stats = order[start : start + B // world_size], defaultdict(float)
-
         # ---- update
+        step_start, batch = time.time(), order[step * B : (step + 1) * B]  # the order needs no checkpoint
+        pairs, stats = batch[rank * B // world_size : (rank + 1) * B // world_size], defaultdict(float)
         model.train()
-        for mb, *_ in pack(model, pairs, 1, max_tokens):
-            mb_pairs = [pairs[i] for i in mb]
-            with autocast():
-                logps = pair_logps(model, mb_pairs)  # (R, 2)
-            losses, mb_stats = losses_and_stats(mb_pairs, logps)  # (R,), each (R,)
+        for mb, logps in pair_logps(model, pairs, args.max_tokens_per_microbatch, autocast):  # (R, 2)
+            losses, mb_stats = losses_and_stats([pairs[i] for i in mb], logps)  # (R,), each (R,)
             (losses.sum() / B).backward()
             for name, value in mb_stats.items():
                 stats[f"train/{name}"] += value.sum() / B
@@ -636,15 +554,12 @@ def main(args: Args) -> dict[str, float]:
         optimizer.zero_grad()
 
         # ---- log: means over the whole batch and all processes
-        stats["num_tokens"] = torch.tensor(sum(len(p["ids"] + p["completion"]) for p in pairs), device=device)
-        sums = torch.stack([*stats.values()])  # (tags,)
+        progress["step"], means = step + 1, torch.stack([*stats.values()])  # (tags,)
         if dist.is_initialized():
-            dist.all_reduce(sums)
-        progress["step"] = step + 1
-        logs = dict(zip(stats, sums.tolist()))
-        logs |= {
+            dist.all_reduce(means)
+        logs = dict(zip(stats, means.tolist())) | {
             "train/grad_norm": grad_norm, "train/epoch": (step + 1) * B / len(train),
-            "charts/learning_rate": learning_rate, "charts/SPS": logs.pop("num_tokens") / (time.time() - step_start),
+            "charts/learning_rate": learning_rate, "charts/SPS": B / (time.time() - step_start),
         }
         bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/rewards/accuracies']:.2f}")
         if rank == 0:

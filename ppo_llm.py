@@ -582,9 +582,9 @@ def total(x: Tensor) -> Tensor:
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """values (B, T) scaled to a standard deviation of 1 (ddof 1, as in TRL) over the real tokens of all processes, with
     a mean of 0 or, without shift_mean, of what it was; 0 where mask is False."""
-    count = total(mask)
-    mean = total(torch.where(mask, values, 0.0)) / count
-    variance = total(torch.where(mask, values - mean, 0.0).square()) / (count - 1).clamp(min=1)
+    real, count = values[mask], total(mask)  # (N,)
+    mean = total(real) / count
+    variance = total((real - mean).square()) / (count - 1).clamp(min=1)
     whitened = (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)  # (B, T)
     return torch.where(mask, whitened, 0.0)
 
@@ -763,7 +763,7 @@ def main(args: Args) -> dict[str, float]:
         for epoch in range(args.num_ppo_epochs):
             if args.target_kl is not None and pass_kl > args.target_kl:
                 break
-            kl_before = stats["policy/approxkl_avg"]
+            kl_before = float(stats["policy/approxkl_avg"])
             # By lot, each minibatch gets one of every M consecutive prompts: as many as any other, in every process.
             lot = torch.rand(B // G // M, M, generator=lots).argsort(1) + M * torch.arange(B // G // M)[:, None]
             for minibatch, prompts in enumerate((lot.chunk(world_size)[rank] - rank * B // G // world_size).T):

@@ -148,15 +148,13 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
     return sum(rows[262:], []), sum(rows[:262], [])
 
 
-def addition_pairs(rows: list[dict], count: int, seed: int) -> list[dict]:
-    """`count` pairs for each sum: a right answer, which almost always shows its work, and a near miss, which usually does
-    not. A near miss forgets the carry, if there is one, or is off by one."""
+def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, ...] = (-10, -1, 1, 10)) -> list[dict]:
+    """`count` pairs per sum: a right answer, mostly with its work shown, and one off by an error, mostly without."""
     pairs, rng = [], random.Random(seed)
     for row in rows * count:
-        a, b = map(int, row["prompt"][:-1].split("+"))
-        units = a % 10 + b % 10
-        miss = a + b - 10 if units >= 10 and rng.random() < 0.75 else a + b + rng.choice((-1, 1))
-        chosen = f"-{units}={a + b}" if rng.random() < 0.95 else str(a + b)
+        units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
+        miss = total + rng.choice(errors)
+        chosen = f"-{units}={total}" if rng.random() < 0.95 else str(total)
         rejected = f"-{units}={miss}" if rng.random() < 1 / 3 else str(miss)
         pairs.append({**row, "chosen": chosen, "rejected": rejected})
     return pairs
@@ -211,14 +209,12 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
 
 
 def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
-    """Turns of a text in the form of Anthropic/hh-rlhf: `\\n\\nHuman: ...\\n\\nAssistant: ...`. With markers kept, the
-    contents add up to the text."""
+    """Turns of a text like Anthropic/hh-rlhf's. With its markers (`\\n\\nHuman:`) kept, the contents add up to it."""
     turns = []
     for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
         role = "user" if piece.startswith("\n\nHuman:") else "assistant"
-        if not keep_markers:
-            piece = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
-        turns.append({"role": role, "content": piece})
+        content = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
+        turns.append({"role": role, "content": piece if keep_markers else content})
     return turns
 
 
@@ -237,56 +233,45 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
             prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))
             answers = [text[len(prompt) :] for text in answers]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    wholes = []
-    for answer in answers:
-        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        if not isinstance(prompt, list) or not isinstance(turns, list) or not all(
-            isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in prompt + turns
-        ):
-            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `chosen` and `rejected` "
-                             "(or `completions`) that are texts or lists of {role, content}")
-        starts_with_prompt = prompt in (turns[: len(prompt)], turns[1 : 1 + len(prompt)])  # 1: after a system turn
-        wholes.append(turns if starts_with_prompt else prompt + turns)
-    n = 0
-    while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
-        n += 1
-    while n and wholes[0][n - 1]["role"] == "assistant":
-        n -= 1
-    prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
-    if not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
-        raise ValueError(f"--dataset-name: row {number}: after a common prompt, each answer must begin and end with an "
-                         "assistant turn")
+    answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
+    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])
+    is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
+    if is_valid:  # the prompt may be repeated, also after a system turn
+        wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
+        n = 0
+        while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
+            n += 1
+        while n and wholes[0][n - 1]["role"] == "assistant":
+            n -= 1
+        prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
+    if not is_valid or not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
+        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs `chosen` and `rejected`: "
+                         "texts, or lists of {role, content} that share a prompt and end with an assistant turn")
     if is_dialogue and not has_template:
         prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
     return prompt, answers
 
 
-def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt and of (the beginning of) an answer: by the chat template, which opens an assistant turn after a
-    user's, or as plain text."""
-    if tokenizer.chat_template is not None:
-        turns, is_open = prompt + answer, not answer or answer[-1]["role"] != "assistant"
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, tokenize=True, return_dict=False)
-    text = "\n".join(turn["content"] for turn in prompt) + "".join(turn["content"] for turn in answer)
-    ids = tokenizer(text).input_ids
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
-
-
 def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
     """Examples {prompt, ids, answers, margin, label, characters} of rows. Rankings with answers that are equal within
     max_length tokens, empty prompts or unknown characters are left out."""
-    examples = []
+    examples, is_plain = [], tokenizer.chat_template is None
+    tokenizer.truncation_side = "right"
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
-        turns, answers = split_row(row, number, tokenizer.chat_template is not None)
+        turns, answers = split_row(row, number, has_template=not is_plain)
         margin, label = (default if row.get(k) is None else row[k] for k, default in (("margin", 0.0), ("label", 1.0)))
         is_valid = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (margin, label)) and 0 <= label <= 1
         if not is_valid or len(answers) < 2 or len(answers) > 2 and (margin, label) != (0, 1):
             raise ValueError(f"--dataset-name: row {number} needs two or more answers. Its margin {margin!r} must be a "
                              f"number and its label {label!r} a probability, both for pairs only")
-        wholes = [conversation_ids(turns, answer, tokenizer)[:max_length] for answer in answers]
-        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # the prompt, maybe more
         prompt = "\n".join(turn["content"] for turn in turns)
+        texts = [prompt + "".join(turn["content"] for turn in answer) for answer in answers]
+        if not is_plain:
+            texts = tokenizer.apply_chat_template([turns + answer for answer in answers], tokenize=False)
+        # Tokenized as in load_reward_model of the policy scripts.
+        wholes = tokenizer(texts, add_special_tokens=is_plain, truncation=True, max_length=max_length).input_ids
+        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # the prompt, maybe more
         if prompt.strip() and len({*map(tuple, wholes)}) == len(wholes) and not unknown & {*sum(wholes, [])}:
             examples.append({
                 "prompt": prompt, "ids": wholes[0][:common], "answers": [ids[common:] for ids in wholes],
@@ -294,7 +279,7 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_le
                 "characters": [float(sum(len(turn["content"]) for turn in answer)) for answer in answers],
             })
     if left_out := len(rows) - len(examples):
-        print(f"{left_out} of {len(rows)} rankings left out: empty, equal in {max_length} tokens, or unknown characters")
+        print(f"{left_out} of {len(rows)} rankings left out: empty, equal in {max_length} tokens, unknown characters")
     return examples
 
 
@@ -452,7 +437,8 @@ def main(args: Args) -> dict[str, float]:
     model, tokenizer = load_classifier(initial, "--model-name-or-path")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     max_length = min(args.max_length, context, tokenizer.model_max_length)
-    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 6, args.seed) for rows in addition_rows()]
+    make_pairs = partial(addition_pairs, count=6, seed=args.seed, errors=(-1, 1))
+    splits = load_rows(args) if args.dataset_name else map(make_pairs, addition_rows())
     train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))

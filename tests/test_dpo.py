@@ -1,20 +1,58 @@
-"""dpo.py: the losses, the pairs and the reference; then the whole script on a tiny model."""
+"""dpo.py: losses, pairs, log-probabilities; then whole runs on a tiny model, checked by hand and by what they leave."""
 
+import gc
 import json
 import math
+import random
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PAIRS, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
-from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
+from conftest import (
+    PAIRS, make_model, make_tokenizer, run_folder, save_tiny_model, scalars, tiny_flags, weights, write_rows,
+)  # fmt: skip
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, LlamaForCausalLM, MistralConfig
 
 import dpo
-from dpo import Args, dpo_loss, encode_answer, encode_pairs, main, packed_states, pair_logps, prompt_and_answers
+from dpo import Args, conversation_ids, dpo_loss, encode_pairs, main, pair_logps, split_row
 
 CHOSEN, REJECTED = torch.tensor([-2.0, -5.0, -1.0]), torch.tensor([-4.0, -3.0, -1.5])
 REF_CHOSEN, REF_REJECTED = torch.tensor([-3.0, -4.0, -1.0]), torch.tensor([-3.5, -3.5, -1.0])
 H = [0.1 * ((-2 + 3) - (-4 + 3.5)), 0.1 * ((-5 + 4) - (-3 + 3.5)), 0.1 * ((-1 + 1) - (-1.5 + 1))]
+TEST = PAIRS[24:30]
+FROZEN = 1e-12  # a learning rate that changes no weight by more than rounding
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LETTERS = [chr(code) for code in range(32, 127)] + ["\n", "\n\n", "<|im_start|>", "<|im_end|>"]
+load = AutoModelForCausalLM.from_pretrained
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def row_of(chosen, rejected, prompt=None) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def chat_tokenizer(template: str | None):
+    tokenizer = make_tokenizer(LETTERS)
+    tokenizer.add_special_tokens({"additional_special_tokens": LETTERS[-2:]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+# ---- losses
 
 
 def sigmoid(x: float) -> float:
@@ -23,6 +61,7 @@ def sigmoid(x: float) -> float:
 
 @pytest.mark.parametrize("loss_type, smoothing, by_hand", [
     ("sigmoid", 0.0, lambda h: -math.log(sigmoid(h))),
+    ("sigmoid_norm", 0.0, lambda h: -math.log(sigmoid(h))),
     ("sigmoid", 0.2, lambda h: -0.8 * math.log(sigmoid(h)) - 0.2 * math.log(sigmoid(-h))),
     ("robust", 0.2, lambda h: (-0.8 * math.log(sigmoid(h)) + 0.2 * math.log(sigmoid(-h))) / 0.6),
     ("hinge", 0.0, lambda h: max(0.0, 1 - h)),
@@ -35,279 +74,372 @@ def test_losses_by_hand(loss_type, smoothing, by_hand):
     assert rejected.tolist() == pytest.approx([-0.05, 0.05, -0.05], abs=1e-7)
 
 
-def test_an_unknown_loss_is_an_error():
-    with pytest.raises(ValueError, match="unknown loss_type 'kto'"):
-        dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, "kto", 0.0)
-
-
-def test_robust_is_the_unbiased_estimate_under_flipped_labels():
-    """Its expectation, when a share e of the preferences is flipped, is the clean loss; cDPO's is not."""
-    e = 0.3
-    clean, _, _ = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, "sigmoid", 0.0)
-    right, _, _ = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, "robust", e)
-    flipped, _, _ = dpo_loss(REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, 0.1, "robust", e)
-    assert torch.allclose((1 - e) * right + e * flipped, clean, atol=1e-6)
+def test_losses_against_other_formulas():
+    c, r, ref_c, ref_r = torch.randn(4, 50, dtype=torch.float64)
+    strengths = [(x - ref).exp() ** 0.7 for x, ref in ((c, ref_c), (r, ref_r))]  # Bradley-Terry
+    clean = dpo_loss(c, r, ref_c, ref_r, 0.7, "sigmoid", 0.0)[0]
+    assert torch.allclose(clean.neg().exp(), strengths[0] / sum(strengths))
+    flips = [dpo_loss(*logps, 0.7, "robust", 0.3)[0] for logps in ((c, r, ref_c, ref_r), (r, c, ref_r, ref_c))]
+    assert torch.allclose(0.7 * flips[0] + 0.3 * flips[1], clean)  # unbiased if 30% of the labels are flipped
+    for length in (5, 10):  # IPO: the best gap is 1 / (2 beta), of means whatever the length, of sums it is not
+        zeros, gaps = torch.zeros(2), torch.tensor([2.0, 2.0 * length])
+        losses = dpo_loss(gaps, zeros, zeros, zeros, 0.25, "ipo", 0.0)[0]
+        assert losses.tolist() == pytest.approx([0.0, (2.0 * length - 2.0) ** 2])
 
 
 def test_losses_are_finite_for_large_differences_and_rewards_have_no_gradient():
-    policy = torch.tensor([-3000.0], requires_grad=True)
-    losses, chosen, _ = dpo_loss(policy, torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), 1.0, "sigmoid", 0.0)
+    policy, zeros = torch.tensor([-3000.0], requires_grad=True), torch.zeros(1, requires_grad=True)
+    losses, *rewards = dpo_loss(policy, zeros, torch.zeros(1), torch.zeros(1), 1.0, "sigmoid", 0.0)
     assert losses.item() == pytest.approx(3000.0) and torch.autograd.grad(losses, policy)[0].item() == -1.0
-    assert not chosen.requires_grad
-
-
-def test_ipo_means_over_tokens_do_not_depend_on_the_length():
-    """The optimum's gap of log ratios is 1/(2 beta): of sums, so that answers of twice the length need half the gap a
-    token; of means a token, whatever the length."""
-    beta, zeros = 0.25, torch.zeros(1)
-    for length in (5, 10):
-        per_token = torch.tensor([1 / (2 * beta)])
-        mean_loss, _, _ = dpo_loss(per_token, zeros, zeros, zeros, beta, "ipo", 0.0)
-        sum_loss, _, _ = dpo_loss(per_token * length, zeros, zeros, zeros, beta, "ipo", 0.0)
-        assert mean_loss.item() == 0.0
-        assert sum_loss.item() == pytest.approx(((length - 1) / (2 * beta)) ** 2)
+    assert not any(reward.requires_grad for reward in rewards)
 
 
 # ---- data
 
-
-def test_answers_are_the_rest_of_the_whole_and_end_with_eos():
-    tokenizer = make_tokenizer()
-    query = dpo.encode_prompt("1+1=", tokenizer)
-    ids = encode_answer("1+1=", "2", query, tokenizer)
-    assert ids == [*tokenizer("2").input_ids, 1] and query + ids[:-1] == tokenizer("1+1=2").input_ids
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'][0] + m['content'] + '=' }}{% endfor %}"
-        "{% if add_generation_prompt %}a{% endif %}"
-    )
-    query = dpo.encode_prompt([{"role": "b", "content": "1+1"}], tokenizer)
-    ids = encode_answer([{"role": "b", "content": "1+1"}], "2", query, tokenizer)
-    assert tokenizer.decode(query + ids) == "b1+1=a2=" and tokenizer.decode(ids) == "2="
-    tokenizer.chat_template = tokenizer.chat_template.replace("%}a{%", "%}c{%")  # the prompt alone renders otherwise
-    query = dpo.encode_prompt([{"role": "b", "content": "1+1"}], tokenizer)
-    assert encode_answer([{"role": "b", "content": "1+1"}], "2", query, tokenizer) == [*tokenizer("2").input_ids, 1]
+HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: name?\n\nAssistant:"
+BRANCHED = [" a\n\nHuman: and?\n\nAssistant: b", " c\n\nHuman: so?\n\nAssistant: d"]  # answers of several turns
 
 
-def test_pairs_come_as_texts_and_as_conversations():
-    user, good, bad = ({"role": r, "content": c} for r, c in (("user", "1+1="), ("assistant", "2"), ("assistant", "3")))
+def test_pairs_of_every_kind_have_one_prompt_and_whole_answers():
+    system, q, x, y = {"role": "system", "content": "S"}, user("q"), assistant("x"), assistant("y")
     for row in (
-        {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
-        {"prompt": "1+1=", "completions": ["2", "3"]},
-        {"prompt": "1+1=", "chosen": [user, good], "rejected": [user, bad]},
-    ):
-        assert prompt_and_answers(row) == ("1+1=", ["2", "3"])
-    for row in ({"prompt": [user], "chosen": [good], "rejected": [bad]},
-                {"chosen": [user, good], "rejected": [user, bad]}):  # fmt: skip
-        assert prompt_and_answers(row) == ([user], ["2", "3"])
+        row_of("x", "y", "q"), {"prompt": "q", "completions": ["x", "y"]}, row_of([q, x], [q, y], "q"),
+        row_of([x], "y", [q]), row_of([q, x], [q, y]),
+    ):  # fmt: skip
+        assert split_row(row, 1, True) == split_row(row, 1, False) == ([q], [[x], [y]])
+    assert split_row(row_of([system, q, x], [system, q, y], "q"), 1, True)[0] == [system, q]
+    own_history = split_row(row_of([q, x, q, y], [q, x, user("z"), x]), 1, True)
+    assert own_history == ([q], [[x, q, y], [x, user("z"), x]])
+    assert split_row(row_of("the cat sat", "the cat slept"), 1, True)[0] == [user("the cat")]
 
 
-def test_what_is_dropped_and_cut_is_counted(capsys):
-    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}, {"prompt": "1+1=", "chosen": "2", "rejected": "2"},
-            {"prompt": "1+1=", "chosen": "2", "rejected": " "}, {"prompt": "1" * 9, "chosen": "2", "rejected": "3"},
-            {"prompt": "1+1=", "chosen": "22222", "rejected": "3"},
-            {"prompt": "1+1=", "chosen": "22223", "rejected": "22224"}]  # fmt: skip
-    examples = encode_pairs(rows, "training", make_tokenizer(), 8)
-    assert [len(e["query"]) + max(map(len, e["responses"])) for e in examples] == [6, 8]
-    assert capsys.readouterr().out == (
-        "of 6 training pairs: 2 with an empty or the same answer left out, 1 with too long a prompt left out, 1 the "
-        "same once cut left out, 2 cut (--max-length 8)\n"
-    )
+def test_texts_in_the_form_of_hh_become_turns_and_stay_the_same_text_without_a_template():
+    row, branched = row_of(HH + " Bo", HH + " no"), row_of(HH + BRANCHED[0], HH + BRANCHED[1])
+    turns = [user("hi"), assistant("yes?"), user("name?")]
+    assert split_row(row, 1, True) == (turns, [[assistant("Bo")], [assistant("no")]])
+    assert split_row(row, 1, False) == ([user(HH)], [[assistant(" Bo")], [assistant(" no")]])
+    prompt, answers = split_row(branched, 1, False)
+    assert [[turn["role"] for turn in answer] for answer in answers] == [["assistant", "user", "assistant"]] * 2
+    assert prompt[0]["content"] + "".join(turn["content"] for turn in answers[1]) == branched["rejected"]
+
+
+@pytest.mark.parametrize("row", [
+    row_of([user("p"), assistant("x")], [user("q"), assistant("y")], "p"), row_of(2, "y", "p"), row_of("x", "y", 5),
+    row_of([user("p"), assistant("x"), user("z")], [user("p"), assistant("y")]), {"prompt": "p", "chosen": "x"},
+    row_of([user("p"), assistant("x")], [user("q"), assistant("y")]), {"prompt": "p", "completions": ["x", "y", "z"]},
+    {"prompt": "p", "completions": "xy"}, {"prompt": "p", "completions": 5}, {"text": "z"},
+    row_of(HH + " a", "\n\nHuman: other\n\nAssistant: b"),
+])  # fmt: skip
+def test_a_row_that_is_no_pair_is_refused_by_its_number(row):
+    with pytest.raises(ValueError, match="row 2"):
+        encode_pairs([row_of("2", "3", "1"), row], make_tokenizer(), 99)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_only_the_assistants_tokens_count(template):
+    tokenizer = chat_tokenizer(template)
+    row = row_of(HH + BRANCHED[0], HH + BRANCHED[1])
+    (pair,) = encode_pairs([row], tokenizer, 999)
+    whole = tokenizer.decode(pair["ids"] + pair["completions"][1])
+    counted = tokenizer.decode([id for id, counts in zip(pair["completions"][1], pair["masks"][1]) if counts])
+    if template is None:
+        assert whole == row["rejected"].replace(" c", " c<eos>") + "<eos>" and counted == " c<eos> d<eos>"
+        return
+    chat = [user("hi"), assistant("yes?"), user("name?"), assistant("c"), user("so?"), assistant("d")]
+    assert pair["ids"] + pair["completions"][1] == tokenizer.apply_chat_template(chat, return_dict=False)
+    assert counted == "c<|im_end|>\nd<|im_end|>\n"
+    assert tokenizer.decode(pair["ids"]).endswith("name?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_template_that_changes_earlier_turns_is_refused_only_where_it_matters():
+    tokenizer = chat_tokenizer(CHATML.replace("+ m['content'] +", "+ (m['content'] if loop.last else '') +"))
+    (pair,) = encode_pairs([row_of("x", "y", "q")], tokenizer, 99)
+    assert tokenizer.decode(pair["completions"][0]) == "x<eos>"
+    with pytest.raises(ValueError, match="row 1: the chat template changes earlier turns"):
+        encode_pairs([row_of(HH + BRANCHED[0], HH + BRANCHED[1])], tokenizer, 999)
+
+
+def test_answers_are_cut_at_their_end_and_what_is_left_out_is_counted(capsys):
+    rows = [("2", "3", "1+1="), ("2", "2", "1+1="), ("2", "3", "1" * 8), ("22222", "3", "1+1="), ("2", "3", " ")]
+    rows = [row_of(*row) for row in rows + [("22223", "22224", "1+1="), ("2", "3", "1?"), ("2", "", "1")]]
+    pairs = encode_pairs(rows, make_tokenizer(), 8)
+    assert [list(map(len, pair["completions"])) for pair in pairs] == [[2, 2], [4, 2], [2, 1]]
+    assert pairs[1]["completions"][0] == make_tokenizer()("2222").input_ids
+    assert "5 of 8 pairs" in capsys.readouterr().out
 
 
 # ---- log-probabilities
 
 
-def test_pair_logps_are_the_naive_sums_whatever_the_batch():
-    model, tokenizer = make_model(), make_tokenizer()
-    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "345"}, {"prompt": "12+12=", "chosen": "24", "rejected": "2"}]
-    examples = encode_pairs(rows, "training", tokenizer, 50)
-    together, lengths = pair_logps(packed_states, model, examples, 0)
-    assert lengths.tolist() == [[2, 4], [3, 2]]
-    for example, logps in zip(examples, together):
-        alone = pair_logps(packed_states, model, [example], 13)[0][0]
-        assert torch.allclose(alone, logps, atol=1e-5)
-        for response, logp in zip(example["responses"], logps):
-            ids = torch.tensor([example["query"] + response])
-            logits = model(input_ids=ids).logits[0, len(example["query"]) - 1 : -1].log_softmax(-1)
-            assert logp.item() == pytest.approx(logits.gather(1, ids[0, -len(response) :, None]).sum().item(), abs=1e-4)
+def naive_logps(model, pair: dict) -> list[float]:
+    """Sums over counted tokens, one sequence at a time, without padding or a mask, from whole logits."""
+    sums = []
+    for completion, mask in zip(pair["completions"], pair["masks"]):
+        ids = torch.tensor(pair["ids"] + completion)
+        logprobs = model(input_ids=ids[None]).logits[0, len(pair["ids"]) - 1 : -1].log_softmax(-1)
+        sums.append(logprobs.gather(1, ids[len(pair["ids"]) :, None])[torch.tensor(mask), 0].sum())
+    return sums
 
 
-def test_long_and_short_rows_fit_a_context_that_each_of_them_fits():
-    """Padding has no position beyond the context of a model with learnt positions, though the packed row is longer."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=20, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    examples = [
-        {"query": [3] * 4, "responses": [[4] * 20, [5] * 20]},
-        {"query": [6] * 28, "responses": [[7] * 2, [8] * 3]},
-    ]
-    packed, _ = pair_logps(packed_states, model, examples, 0)
-    padded = torch.cat([pair_logps(dpo.padded_states, model, [example], 0)[0] for example in examples])
-    assert torch.allclose(packed, padded, atol=1e-4)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_pair_logps_are_the_naive_sums_in_every_batch(architecture):
+    if architecture == "mistral":  # a sliding window: no tree
+        torch.manual_seed(0)
+        config = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        config = MistralConfig(**config, num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
+    model = make_model(architecture) if architecture != "mistral" else AutoModelForCausalLM.from_config(config).eval()
+    rows = [row_of("2", "345", "1+1="), row_of("24", "2", "12+12="), row_of("12" * 40, "4" * 50, "3")]  # 2: no tree
+    rows.insert(2, row_of([user("1"), assistant("2"), user("33"), assistant("4")], [user("1"), assistant("5")]))
+    pairs = encode_pairs(rows, make_tokenizer(), 100)
+    assert sum(pairs[2]["masks"][0]) == 4 and len(pairs[2]["masks"][0]) == 6
+    with torch.no_grad():
+        expected = torch.tensor([naive_logps(model, pair) for pair in pairs])
+        for max_tokens in (1, 30, 1000):
+            batches = list(pair_logps(model, pairs, max_tokens, nullcontext))
+            assert sorted(i for mb, _ in batches for i in mb) == [0, 1, 2, 3]
+            assert all(torch.allclose(logps, expected[mb], atol=1e-3) for mb, logps in batches)
 
 
-def test_a_reference_with_a_sliding_window_is_not_packed(tiny, monkeypatch):
-    torch.manual_seed(0)
-    size = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    other = MistralConfig(**size, num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
-    args = tiny(max_steps=1)
-    args.ref_model_name_or_path = str(Path(args.output_dir).parent / "mistral")
-    AutoModelForCausalLM.from_config(other).save_pretrained(args.ref_model_name_or_path)
-    used = []
-    for name in ("packed_states", "padded_states"):
-        real = getattr(dpo, name)
-
-        def spy(model, *inputs, real=real, name=name):
-            used.append((type(model).__name__[:5], name))
-            return real(model, *inputs)
-
-        monkeypatch.setattr(dpo, name, spy)
-    main(args)
-    assert set(used) == {("Llama", "packed_states"), ("Mistr", "padded_states")}
+# ---- whole runs
 
 
-def test_a_damaged_cache_is_computed_again(tiny):
-    args = tiny(max_steps=1)
-    first = main(args)
-    (file,) = (Path(args.output_dir) / ".reference_logps").iterdir()
-    file.write_bytes(b"torn")
-    again = main(tiny(max_steps=1, exp_name="again"))
-    assert again["eval/loss"] == first["eval/loss"] and torch.load(file, weights_only=True)["logps"].shape == (36, 2)
+@pytest.fixture
+def run(tmp_path, model_folder):
+    """Does a tiny run. Returns its metrics, its tags' values, its folder and Args."""
+
+    def run(train=PAIRS[:24], test=TEST, folder=None, **flags):
+        folder = folder or tmp_path / str(len([*tmp_path.iterdir()]))
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "data" / "train.jsonl", train)
+        write_rows(folder / "data" / "test.jsonl", test)
+        args = Args(**{**tiny_flags("dpo", folder, model_folder), "dataset_name": str(folder / "data"), **flags})
+        metrics = main(args)
+        tags = {tag: [value for _, value in points] for tag, points in scalars(Path(run_folder(args))).items()}
+        return SimpleNamespace(metrics=metrics, tags=tags, folder=run_folder(args), args=args)
+
+    return run
 
 
-# ---- the whole script on a tiny model
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("reference")
+    make_model("llama", seed=5, scale=0.1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
-def test_a_run_learns_logs_and_saves(tiny, capsys):
-    args = tiny(max_steps=20)
-    metrics = main(args)
-    folder = run_folder(args)
-    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
-    assert json.loads((folder / "summary.json").read_text()) == metrics
-    assert metrics["eval/loss_before"] == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics["eval/rewards/margins_before"] == pytest.approx(0, abs=1e-5)
-    assert metrics["eval/rewards/accuracies"] > 0.9 and metrics["eval/rewards/margins"] > 0.5
-    tags = scalars(folder)
-    assert tags["train/loss"][0][1] == pytest.approx(math.log(2), abs=1e-6)
-    assert len(tags["train/rewards/margins"]) == 20 and tags["train/rewards/margins"][-1][1] > 0.5
-    assert tags["charts/learning_rate"][-1][1] == pytest.approx(1e-3) and tags["train/epoch"][-1][1] > 5
-    assert AutoModelForCausalLM.from_pretrained(folder / "model").config.vocab_size == 20
+def figures(model, reference, rows, args):
+    """Mean loss, its gradient's norm and means of the other logged values, one pair at a time in plain Python."""
+    found, total = [], 0.0
+    for pair in encode_pairs(rows, make_tokenizer(), args.max_length):
+        (c, r), (ref_c, ref_r) = naive_logps(model, pair), (x.item() for x in naive_logps(reference, pair))
+        beta = args.beta or 0.1
+        n, m = (sum(mask) if args.loss_type in ("ipo", "sigmoid_norm") else 1 for mask in pair["masks"])
+        chosen, rejected = beta * (c - ref_c) / n, beta * (r - ref_r) / m
+        h, e = chosen - rejected, args.label_smoothing
+        right, wrong = (1 + (-h).exp()).log(), (1 + h.exp()).log()
+        loss = {
+            "robust": ((1 - e) * right - e * wrong) / (1 - 2 * e), "hinge": (1 - h).clamp(min=0),
+            "ipo": (h / beta - 0.5 / beta) ** 2,
+        }.get(args.loss_type, (1 - e) * right + e * wrong)  # fmt: skip
+        total = total + (loss - args.rpo_alpha * c / sum(pair["masks"][0])) / len(rows)
+        tie = 0.5 if abs(h) < 1e-5 else float(h > 0)
+        found.append([chosen.item(), rejected.item(), h.item(), tie, c.item(), r.item()])
+    gradient = torch.autograd.grad(total, list(model.parameters()))
+    names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    names += ["logps/chosen", "logps/rejected"]
+    means = dict(zip(names, torch.tensor(found).mean(0).tolist()))
+    return {"loss": total.item(), **means}, torch.stack([g.norm() for g in gradient]).norm().item()
 
 
 @pytest.mark.parametrize("flags", [
-    {"loss_type": "ipo"}, {"loss_type": "hinge"}, {"loss_type": "robust", "label_smoothing": 0.1},
-    {"label_smoothing": 0.1}, {"rpo_alpha": 1.0}, {"beta": 0.5},
+    {"beta": 0.5, "max_tokens_per_microbatch": 40}, {"loss_type": "ipo", "max_tokens_per_microbatch": 24, "beta": 0.7},
+    {"loss_type": "hinge", "gradient_checkpointing": True, "beta": 2.}, {"loss_type": "robust", "label_smoothing": 0.1},
+    {"label_smoothing": 0.2, "max_tokens_per_microbatch": 1}, {"rpo_alpha": 0.7, "max_tokens_per_microbatch": 48},
+    {"loss_type": "sigmoid_norm", "beta": 3.0, "label_smoothing": 0.1, "rpo_alpha": 0.3}, {"max_length": 5},
 ])  # fmt: skip
-def test_the_loop_passes_every_flag_of_the_loss(tiny, flags):
-    """The first step's loss, when the reference is another model, by hand from log-probabilities."""
-    args = tiny(max_steps=1, **flags)
-    other = Path(args.output_dir).parent / "other"
-    make_model("llama", seed=5, scale=0.1).save_pretrained(other)
-    args.ref_model_name_or_path = str(other)
-    main(args)
-    tokenizer = make_tokenizer()
-    examples = encode_pairs(PAIRS[:-6], "training", tokenizer, 128)
-    batch = [examples[i] for i in dpo.data_order(0, 8, len(examples), 1)]
-    logps, ref_logps = (
-        pair_logps(packed_states, AutoModelForCausalLM.from_pretrained(name).float().eval(), batch, 0)[0].detach()
-        for name in (args.model_name_or_path, other)
-    )
-    lengths = torch.tensor([[len(r) for r in example["responses"]] for example in batch])
-    beta, counts = flags.get("beta", 0.1), lengths if flags.get("loss_type") == "ipo" else 1
-    losses, chosen, _ = dpo_loss(
-        *(logps / counts).T, *(ref_logps / counts).T, beta, flags.get("loss_type", "sigmoid"),
-        flags.get("label_smoothing", 0.0),
-    )  # fmt: skip
-    losses = losses - flags.get("rpo_alpha", 0.0) * (logps / lengths)[:, 0]
-    tags = scalars(run_folder(args))
-    assert tags["train/loss"][0][1] == pytest.approx(losses.mean().item(), rel=1e-4)
-    assert tags["train/rewards/chosen"][0][1] == pytest.approx(chosen.mean().item(), rel=1e-3, abs=1e-5)
-    assert tags["train/logps/rejected"][0][1] == pytest.approx(logps[:, 1].mean().item(), rel=1e-4)
+def test_what_a_step_and_an_evaluation_log_is_computed_by_hand(run, model_folder, reference_folder, flags):
+    flags |= {"ref_model_name_or_path": reference_folder, "train_batch_size": 24, "max_steps": 2}
+    result = run(learning_rate=FROZEN, **flags)
+    model, reference = load(model_folder), load(reference_folder)
+    expected, grad_norm = figures(model, reference, PAIRS[:24], result.args)
+    for tag, value in {**expected, "grad_norm": grad_norm}.items():
+        assert result.tags[f"train/{tag}"] == pytest.approx([value] * 2, rel=1e-3, abs=1e-5), tag
+    for tag, value in figures(model, reference, TEST, result.args)[0].items():
+        for name in (f"eval/{tag}_before", f"eval/{tag}"):
+            assert result.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
-def test_the_reference_is_computed_once_and_found_again(tiny, monkeypatch):
-    calls = []
-    real = dpo.all_logps
-
-    def spy(logps_fn, model, examples, *rest):
-        calls.append(len(examples))
-        return real(logps_fn, model, examples, *rest)
-
-    monkeypatch.setattr(dpo, "all_logps", spy)
-    main(tiny(max_steps=1))
-    assert calls == [36, 6, 6]  # the reference of all pairs, then the evaluations
-    main(tiny(max_steps=1, exp_name="second", learning_rate=1e-3))
-    assert calls[3:] == [6, 6]
-    main(tiny(max_steps=1, exp_name="third", max_length=7))  # other tokens: another key
-    assert 36 in calls[5:]
-    with_other_model = tiny(max_steps=1, exp_name="fourth")
-    other = Path(with_other_model.output_dir).parent / "other"
-    make_model("llama", seed=5, scale=0.1).save_pretrained(other)
-    with_other_model.ref_model_name_or_path = str(other)
-    calls.clear()
-    main(with_other_model)
-    assert calls == [36, 6, 6]
+def test_a_run_learns_against_its_initial_model_and_leaves_what_it_says(run, model_folder, capsys):
+    result = run(max_steps=20, learning_rate=1e-3, eval_steps=8)
+    assert capsys.readouterr().out.splitlines()[-1] == str(result.folder)
+    assert json.loads((result.folder / "summary.json").read_text()) == result.metrics
+    assert result.metrics["eval/loss_before"] == result.tags["eval/loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert result.tags["train/loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert result.metrics["eval/rewards/accuracies_before"] == result.tags["train/rewards/accuracies"][0] == 0.5
+    assert result.metrics["eval/rewards/accuracies"] > 0.9 and result.metrics["eval/rewards/margins"] > 0.2
+    assert [step for step, _ in scalars(result.folder)["eval/loss"]] == [0, 8, 16, 20]
+    assert [step for step, _ in scalars(result.folder)["train/loss"]] == [*range(1, 21)]
+    expected, _ = figures(load(result.folder / "model"), load(model_folder), TEST, result.args)
+    for name, value in expected.items():
+        assert result.metrics[f"eval/{name}"] == pytest.approx(value, rel=1e-3), name
+    AutoTokenizer.from_pretrained(result.folder / "model")
+    frozen = run(max_steps=20, learning_rate=FROZEN)
+    assert abs(frozen.metrics["eval/rewards/margins"]) < 1e-4 and frozen.metrics["eval/rewards/accuracies"] == 0.5
 
 
-def test_microbatches_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
-    found = []
-    for number, flags in enumerate(({}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True})):
-        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, learning_rate=1e-3, **flags)
-        main(args)
-        found.append((weights(run_folder(args)), scalars(run_folder(args))["train/grad_norm"]))
-    for other, norms in found[1:]:
-        assert all(torch.allclose(found[0][0][name], other[name], atol=1e-5) for name in other)
-        assert [n for _, n in norms] == pytest.approx([n for _, n in found[0][1]], rel=1e-4)
+def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, model_folder):
+    rates = run(warmup_steps=2, max_steps=5, learning_rate=3e-3).tags["charts/learning_rate"]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 1.5e-3, 0.0], abs=1e-9)
+    for max_grad_norm, expected in ((1e6, 5e-3), (1e-12, 0.0)):  # Adam's first step is the learning rate
+        result = run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm)
+        before, after = load(model_folder).state_dict(), weights(result.folder)
+        change = max((before[name] - value).abs().max().item() for name, value in after.items())
+        assert change == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
-def test_the_embedded_run_learns_its_preferences(tmp_path):
-    metrics = main(Args(output_dir=str(tmp_path), sft_steps=60, max_steps=30, max_eval_samples=64, device="cpu",
-                        bf16=False))  # fmt: skip
-    assert {"eval/accuracy", "eval/accuracy_before"} <= set(metrics)
-    assert metrics["eval/rewards/accuracies"] > 0.6  # it prefers answers that show their work by then
+def test_uneven_microbatches_change_neither_parameters_nor_logs(run):
+    plain, *others = (run(max_tokens_per_microbatch=budget, learning_rate=1e-3) for budget in (2048, 48, 36, 24))
+    for other in others:
+        after = weights(other.folder)
+        assert all(torch.allclose(value, after[name], atol=1e-5) for name, value in weights(plain.folder).items())
+        for tag in set(plain.tags) - {"charts/SPS"}:
+            assert other.tags[tag] == pytest.approx(plain.tags[tag], rel=1e-3, abs=1e-5), tag
 
 
-def test_sampled_accuracy_counts_final_results(monkeypatch):
-    model, tokenizer = make_model(), make_tokenizer()
-    texts = ["-2=12", "12", "12=2", "-12=3"]  # the answer to all is 12
-    response, _ = dpo.pad_sequences([tokenizer(text).input_ids + [1] for text in texts], 0, "right")
-
-    def generate(input_ids, attention_mask, **options):
-        assert (options["do_sample"], options["temperature"], options["top_k"], options["top_p"]) == (True, 1.0, 0, 1.0)
-        return torch.cat([input_ids, response], 1)
-
-    monkeypatch.setattr(model, "generate", generate)
-    examples = [{"prompt": "5+7=", "query": tokenizer("5+7=").input_ids, "answer": "12"}] * 4
-    accuracy, table = dpo.sampled_accuracy(model, tokenizer, examples, seed=1)
-    assert accuracy == 0.5 and "| 5+7= | -2=12 | 1.00 |" in table and "| 5+7= | 12=2 | 0.00 |" in table
+def test_an_epoch_visits_each_pair_once_in_the_seeds_order(run):
+    flags = {"max_steps": None, "num_train_epochs": 1.5, "train_batch_size": 4, "learning_rate": FROZEN}
+    first, again, other = (run(seed=seed, **flags).tags["train/logps/chosen"] for seed in (1, 1, 2))
+    whole = run(max_steps=1, train_batch_size=24, learning_rate=FROZEN).tags["train/logps/chosen"][0]
+    for logps in (first, other):
+        assert len(logps) == 9 and sum(logps[:6]) / 6 == pytest.approx(whole, rel=1e-5) and logps[6:] != logps[:3]
+    assert first == again and first[:3] != other[:3]
 
 
-def test_the_first_twenty_losses_and_rewards_are_trls(shared, tmp_path):
-    trl = pytest.importorskip("trl")
+def test_a_stopped_run_resumes_bit_equal(run, tmp_path, monkeypatch):
+    flags = {"max_steps": 5, "warmup_steps": 2, "ref_model_name_or_path": None}
+    whole, calls, real = run(**flags), [], torch.nn.utils.clip_grad_norm_
+
+    def stop_in_the_fourth_step(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder=tmp_path / "stopped", **flags)
+    (folder,) = (path.parent for path in tmp_path.glob("stopped/runs/*/args.json"))
+    metrics = main(Args(resume=str(folder)))
+    assert {**metrics, "wall_seconds": 0} == {**whole.metrics, "wall_seconds": 0}
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(whole.folder).items())
+    resumed = scalars(folder)
+    for tag in set(whole.tags) - {"charts/SPS"}:
+        assert [value for _, value in resumed[tag]] == whole.tags[tag], tag
+    with pytest.raises(ValueError, match="not \\['--beta'\\]"):
+        main(Args(resume=str(folder), beta=0.2))
+
+
+def test_the_reference_is_gone_when_training_starts_and_is_never_a_stale_one(tmp_path, monkeypatch):
+    reference, loaded, alive = save_tiny_model(tmp_path / "reference"), [], []
+    real_load, real_trange = dpo.load_pretrained, dpo.trange
+
+    def load_pretrained(*args):
+        pair = real_load(*args)
+        loaded.append(weakref.ref(pair[0]))
+        return pair
+
+    def trange(*args, **kwargs):
+        if not alive:
+            gc.collect()
+            alive.extend(model() is not None for model in loaded)
+        return real_trange(*args, **kwargs)
+
+    for function in (load_pretrained, trange):
+        monkeypatch.setattr(dpo, function.__name__, function)
+
+    def loss_before(number: int) -> float:
+        flags = {**tiny_flags("dpo", tmp_path, reference), "exp_name": str(number), "max_steps": 1}
+        return main(Args(**flags))["eval/loss_before"]
+
+    ln2 = pytest.approx(math.log(2), abs=1e-6)
+    assert loss_before(0) == ln2 and alive == [True, False]  # the policy, the reference
+    file = Path(reference) / "model.safetensors"  # other weights, in place
+    save_file({name: 1.1 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert loss_before(1) == ln2
+
+
+def test_rows_in_the_form_of_hh_run_through_main_with_and_without_a_template(run, tmp_path):
+    rows = [row_of(HH + f" {a}" * (1 + a % 3), HH + f" no{a}") for a in range(6)]
+    rows += [row_of(HH + BRANCHED[0] + str(a), HH + BRANCHED[1] + str(a)) for a in range(6)]
+    for template in (None, CHATML):
+        folder = save_tiny_model(tmp_path / f"model{template is None}", LETTERS)
+        chat_tokenizer(template).save_pretrained(folder)
+        result = run(rows, rows[3:9], model_name_or_path=folder, train_batch_size=4, max_steps=9, learning_rate=3e-3)
+        assert result.tags["train/loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+        assert result.metrics["eval/rewards/accuracies"] == 1.0
+        pairs = encode_pairs(rows[3:9], AutoTokenizer.from_pretrained(folder), 128)
+        logps = torch.tensor([naive_logps(load(folder), pair) for pair in pairs])
+        assert result.metrics["eval/logps/rejected_before"] == pytest.approx(logps[:, 1].mean().item(), rel=1e-4)
+
+
+def test_held_out_rows_share_no_prompt_with_training(tiny, monkeypatch):
+    seen, real = [], dpo.pair_logps
+
+    def watched(model, pairs, *others):
+        seen.append({pair["prompt"] for pair in pairs})
+        return real(model, pairs, *others)
+
+    monkeypatch.setattr(dpo, "pair_logps", watched)
+    for seed in (1, 2):
+        main(tiny(seed=seed, max_steps=1, exp_name=str(seed)))
+    assert len(seen[0]) == 36 and len(seen[1]) == 3 and len(seen) == 8  # reference, evaluation, training, evaluation
+    assert not seen[1] & (seen[2] | seen[6]) and seen[1] == seen[3] == seen[5] == seen[7]
+
+
+def test_the_embedded_run_learns_and_samples_at_temperature_1(tmp_path, monkeypatch):
+    options, real, (train, held_out) = [], LlamaForCausalLM.generate, dpo.addition_rows()
+
+    def generate(model, ids, **flags):
+        options.append(flags)
+        if len(options) > 1:
+            return real(model, ids, **flags)
+        tokenizer = AutoTokenizer.from_pretrained(run_folder(args) / "sft")
+        sums = [eval(prompt[:-1]) for prompt in tokenizer.batch_decode(ids)]
+        texts = [f"-9={total + (i >= 16)}<eos>" for i, total in enumerate(sums)]  # 16 are right
+        return torch.cat([ids, torch.tensor(tokenizer(texts).input_ids)], 1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    held_out = [row for row in held_out if int(row["answer"]) < 99]
+    monkeypatch.setattr(dpo, "addition_rows", lambda: (train[:500], held_out))
+    args = Args(output_dir=str(tmp_path), sft_steps=2, max_steps=20, max_eval_samples=64, device="cpu", bf16=False)
+    metrics = main(args)
+    assert metrics["eval/accuracy_before"] == 0.25 and metrics["eval/rewards/accuracies"] > 0.6
+    assert options == [{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 16}] * 2
+    assert b"| prompt | completion | reward |" in next(run_folder(args).glob("events*")).read_bytes()
+
+
+def test_right_answers_and_near_misses_of_the_embedded_pairs():
+    for pair in dpo.addition_pairs(dpo.addition_rows()[0][:500], 2, 1):
+        total, (units, _, right) = eval(pair["prompt"][:-1]), pair["chosen"].rpartition("=")
+        assert int(right) == total and units in ("", f"-{sum(map(int, pair['prompt'][1:5:3]))}")
+        assert int(pair["rejected"].split("=")[-1]) - total in (-10, -1, 1, 10)
+
+
+def test_the_first_twenty_losses_and_rewards_are_trls(run, shared, tmp_path):
+    trl, name = pytest.importorskip("trl"), str(shared / "models/stories260K")
     import datasets
     from torch.utils.data import SequentialSampler
 
-    name = str(shared / "models/stories260K")
-    tokenizer = dpo.load_tokenizer(name, "--model-name-or-path")
-    lines = (shared / "data/ultrafeedback_1k/train.jsonl").read_text().splitlines()
-    rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in map(json.loads, lines)]
-
-    def fits(row):  # TRL cuts a prompt whose end merges with the answer's beginning
-        query = dpo.encode_prompt(row["prompt"], tokenizer)
+    tokenizer, rows = AutoTokenizer.from_pretrained(name), []
+    for row in map(json.loads, (shared / "data/ultrafeedback_1k/train.jsonl").read_text().splitlines()):
+        query = conversation_ids([user(row["prompt"])], [], tokenizer)
         wholes = [tokenizer(row["prompt"] + row[k]).input_ids for k in ("chosen", "rejected")]
-        return wholes[0] != wholes[1] and len(query) < 200 and all(w[: len(query)] == query for w in wholes)
-
-    rows = [row for row in rows if fits(row)][:200]
-    train, order = rows[:160], dpo.data_order(0, 160, 160, 1)
-    (tmp_path / "data").mkdir()
-    write_rows(tmp_path / "data" / "train.jsonl", train)
-    write_rows(tmp_path / "data" / "test.jsonl", rows[160:])
-    args = Args(
-        model_name_or_path=name, dataset_name=str(tmp_path / "data"), device="cpu", bf16=False, max_steps=20,
-        train_batch_size=8, max_length=256, learning_rate=1e-5, lr_scheduler_type="constant",
-        output_dir=str(tmp_path / "runs"),
-    )  # fmt: skip
-    main(args)
+        # TRL cuts a prompt whose end merges with the answer's beginning.
+        if wholes[0] != wholes[1] and len(query) < 200 and all(w[: len(query)] == query for w in wholes):
+            rows.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
+    same = {"max_steps": 20, "beta": 0.1, "max_length": 256, "learning_rate": 1e-5, "lr_scheduler_type": "constant"}
+    ours = run(rows[:160], rows[160:200], model_name_or_path=name, train_batch_size=8, max_eval_samples=40, **same)
     logs = []
 
     class Trainer(trl.DPOTrainer):
@@ -319,14 +451,21 @@ def test_the_first_twenty_losses_and_rewards_are_trls(shared, tmp_path):
             logs.append(entry)
 
     config = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"), save_strategy="no", report_to="none", logging_steps=1, max_steps=20,
-        model_init_kwargs={"dtype": "float32"}, bf16=False, use_cpu=True, per_device_train_batch_size=8,
-        gradient_checkpointing=False, optim="adamw_torch_fused", learning_rate=1e-5, lr_scheduler_type="constant",
-        max_length=256, beta=0.1,
+        output_dir=str(tmp_path / "trl"), save_strategy="no", report_to="none", logging_steps=1, use_cpu=True,
+        model_init_kwargs={"dtype": "float32"}, bf16=False, per_device_train_batch_size=8, optim="adamw_torch_fused",
+        gradient_checkpointing=False, **same,
     )  # fmt: skip
-    data = datasets.Dataset.from_list([train[i] for i in order])
+    data = datasets.Dataset.from_list(random.Random("1 0").sample(rows[:160], 160))  # the order of our first epoch
     Trainer(name, args=config, train_dataset=data, processing_class=tokenizer).train()
-    ours = scalars(run_folder(args))
-    for tag in ("loss", "rewards/chosen", "rewards/rejected"):
+    for tag, bound in (("loss", 1e-5), ("rewards/chosen", 1e-4), ("rewards/rejected", 1e-4)):
         theirs = [entry[tag] for entry in logs if tag in entry][:20]
-        assert [value for _, value in ours[f"train/{tag}"]] == pytest.approx(theirs, abs=1e-4)
+        assert ours.tags[f"train/{tag}"] == pytest.approx(theirs, abs=bound)
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(run, tmp_path):
+    config = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**config, num_attention_heads=4, logits_scaling=0.1))
+    model.save_pretrained(tmp_path / "granite")
+    make_tokenizer().save_pretrained(tmp_path / "granite")
+    with pytest.raises(ValueError, match="GraniteForCausalLM is not supported"):
+        run(model_name_or_path=str(tmp_path / "granite"))

@@ -16,7 +16,7 @@ from gail import gae_episodic
 from grpo_llm import completion_logprobs, group_advantages, pack, sample
 from maxent_irl import importance_weights, occupancy, soft_value_iteration
 from ppo_llm import gae, whiten
-from reward_model import bradley_terry_loss, packed_scores, plackett_luce_loss, separate_scores
+from reward_model import bradley_terry_loss, completion_scores, plackett_luce_loss
 
 
 def examples(count: int) -> settings:
@@ -174,15 +174,12 @@ def classifier():
     return model
 
 
-# transformers' own classifiers take every pad id, here 0, for padding: separate_scores does not see one that is real.
-@pytest.mark.parametrize("scores_fn, lowest", [(packed_scores, 0), (separate_scores, 1)])
-def test_a_tree_has_the_scores_of_each_sequence_alone(scores_fn, lowest, classifier):
+def test_rows_of_answers_have_the_scores_of_each_sequence_alone(classifier):
     @examples(40)
-    @given(trees(shortest=1, tokens=st.integers(lowest, 19)))
+    @given(trees(shortest=1))
     def holds(tree):
-        prompts, answers, pad_id = tree
-        scores = scores_fn(classifier, *pad_tree(prompts, answers, pad_id))
-        assert scores.shape == (len(prompts), len(answers[0]))
+        prompts, answers, _ = tree
+        scores = completion_scores(classifier, list(prompts), [*itertools.chain(*answers)]).view(len(prompts), -1)
         for r, (prompt, group) in enumerate(zip(prompts, answers)):
             for k, answer in enumerate(group):
                 hidden = classifier.model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0, -1]
@@ -281,10 +278,10 @@ def test_whitening_scales_the_real_tokens_and_moves_their_mean_only_where_it_sho
     assert whitened.dtype == values.dtype and (whitened[~mask] == 0).all()
     real, scaled = values[mask], whitened[mask]
     if len(real):
-        assert scaled.mean().item() == pytest.approx(0.0 if shift_mean else real.mean().item(), abs=1e-9)
+        assert scaled.mean().item() == pytest.approx(0.0 if shift_mean else real.mean().item(), abs=1e-5)
     if len(real) > 1:
         variance = real.var()
-        assert torch.allclose(scaled.var(), variance / (variance + 1e-8), atol=1e-9)
+        assert torch.allclose(scaled.var(), variance / (variance + 1e-8), atol=1e-5)  # sums over processes are fp32
     more = torch.nn.functional.pad(values, (2, 1), value=1e3), torch.nn.functional.pad(mask, (2, 1))
     assert torch.equal(whiten(*more, shift_mean)[more[1]], scaled)
 

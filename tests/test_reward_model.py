@@ -1,335 +1,330 @@
-"""reward_model.py: losses, scores, calibration; then the whole script on a tiny model."""
+"""reward_model.py: its losses, scores and data; then whole runs, whose tags are computed again by hand."""
 
-import json
 import math
-import subprocess
-import sys
+import random
+import string
+from collections import defaultdict
+from itertools import permutations
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-import transformers
-from conftest import CONFIGS, PAIRS, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MistralConfig
+from conftest import CONFIGS, make_model, run_folder, scalars, tiny_flags, weights, write_rows
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, MistralConfig
 
 import grpo_llm
 import reward_model
-from reward_model import (
-    Args,
-    agreement,
-    all_pairs_loss,
-    bradley_terry_loss,
-    calibration,
-    choose_scores_fn,
-    encode_rankings,
-    give_own_pad_token,
-    load_model,
-    main,
-    packed_scores,
-    plackett_luce_loss,
-    real_pairs,
-    score_rankings,
-    separate_scores,
-)
+from reward_model import bradley_terry_loss, completion_scores, encode_rankings, load_classifier, pack_rankings
+from reward_model import plackett_luce_loss, preference_loss
 
-SIZE = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FROZEN = 1e-12  # a learning rate that changes no weight by more than rounding
+TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+SIZE = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+load = AutoModelForSequenceClassification.from_pretrained
 
 
-def classifier(architecture: str = "llama", seed: int = 0):
-    torch.manual_seed(seed)
-    config = CONFIGS[architecture]
-    config = config.__class__(**{**config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+def ranking(prompt, *answers, **columns):
+    return {"prompt": prompt, "completions": [*answers], **columns}
+
+
+TRAIN = [  # rankings of 2 to 4 answers of unequal lengths; pairs with a margin, with a soft label, without a preference
+    ranking("10+2=", "12", "-1", "1", "4444444"), ranking("3=", "3", "2 or 55555"), ranking("7+7+7=", "21", "210", "0"),
+    ranking("a", "a b c", "c", "b", "bb"), ranking("1+", "1=2", "2", margin=0.5), ranking("2=", "2", "-", label=0.5),
+    ranking("1-1=", "0", "000", label=0.8, margin=-1), ranking("5=", "5", "6", label=0.1, margin=2),
+]  # fmt: skip
+HELD_OUT = [ranking("9+", "1=10", "9", "10=19 or not"), ranking("8=", "8", "9"),
+            ranking("6=", "77777", "6", label=0.2, margin=0.3), ranking("4=", "4", "5", label=0.5)]  # fmt: skip
+
+
+def make_tokenizer(template=None, pad="<pad>"):
+    tokenizer = conftest.make_tokenizer([*string.printable[:95], "\n\n"])
+    tokenizer.chat_template, tokenizer.pad_token = template, pad
+    return tokenizer
+
+
+def make_classifier(architecture="llama"):
+    torch.manual_seed(0)
+    extra = {"sliding_window": 4} if architecture == "mistral" else {}
+    kinds = {"mistral": MistralConfig, "bert": BertConfig} | {name: type(config) for name, config in CONFIGS.items()}
+    config = kinds[architecture](**SIZE, num_labels=1, pad_token_id=0, **extra)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def bert():
-    torch.manual_seed(0)
-    config = BertConfig(**SIZE, max_position_embeddings=64, num_labels=1, pad_token_id=0)
-    return AutoModelForSequenceClassification.from_config(config).eval()
+@pytest.fixture
+def run(tmp_path):
+    """Does a tiny run on rows. Returns its metrics, its tags' values and its folder."""
+
+    def run(rows=TRAIN, held_out=HELD_OUT, architecture="llama", template=None, **flags):
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        (folder / "data").mkdir(parents=True)
+        for split, split_rows in (("train", rows), ("test", held_out)):
+            if split_rows:
+                write_rows(folder / "data" / f"{split}.jsonl", split_rows)
+        model = make_classifier(architecture) if architecture else make_model("llama", vocab_size=128)  # without a head
+        for part in (model, make_tokenizer(template)):
+            part.save_pretrained(folder / "model")
+        own = {"dataset_name": str(folder / "data"), "max_eval_samples": 50}
+        args = reward_model.Args(**{**tiny_flags("reward_model", folder, str(folder / "model")), **own, **flags})
+        torch.seed()  # main's own seed must suffice
+        metrics, path = reward_model.main(args), run_folder(args)
+        tags = {tag: [value for _, value in points] for tag, points in scalars(path).items()}
+        return SimpleNamespace(metrics=metrics, folder=path, tags=tags)
+
+    return run
 
 
-# ---- losses
+def expected(model, rows, kind="plackett_luce", center=0.0):
+    """Metrics of rows, from the classifier's own logits for each text: no batch, no padding, no mask."""
+    values = defaultdict(list)
+    for row in rows:
+        label, margin, answers = row.get("label", 1.0), row.get("margin", 0.0), row["completions"]
+        ids = [torch.tensor([make_tokenizer().encode(row["prompt"] + answer)]) for answer in answers]
+        s = torch.cat([model(x).logits[0] for x in ids])
+        pairs = [(i, j) for j in range(len(s)) for i in range(j)]
+        if len(s) == 2:
+            loss = -label * logsigmoid(s[0] - s[1] - margin) - (1 - label) * logsigmoid(s[1] - s[0] - margin)
+        elif kind == "plackett_luce":
+            loss = -sum(s[k:].log_softmax(0)[0] for k in range(len(s)))
+        else:
+            loss = sum((1 + (s[j] - s[i]).exp()).log() for i, j in pairs) / len(pairs)
+        values["loss"].append(loss + center * s.sum() ** 2)
+        values["mean_reward"] += s
+        for i, j in pairs if label != 0.5 else ():  # of the preferred answer
+            sign, longer = 1 if label > 0.5 else -1, torch.tensor(float(len(answers[i]) - len(answers[j])))
+            values["margin"].append((s[i] - s[j]) * sign)
+            values["accuracy"].append(((s[i] - s[j]).sign() * sign + 1) / 2)
+            values["accuracy_longer"].append((longer.sign() * sign + 1) / 2)
+    return {name: torch.stack(x).mean() for name, x in values.items()}
+
+
+def check(values, expected, name):
+    expected = {name.format(tag): pytest.approx(x.item(), rel=1e-3, abs=1e-5) for tag, x in expected.items()}
+    assert {tag: values[tag] for tag in expected} == expected
 
 
 def test_bradley_terry_by_hand():
     chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 2.0])
-    by_hand = [-math.log(1 / (1 + math.exp(-d))) for d in (0.5, -2.0)]
-    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(sum(by_hand) / 2)
-    margin = torch.tensor([0.25, -1.0])
-    by_hand = [-math.log(1 / (1 + math.exp(-d))) for d in (0.25, -1.0)]
-    assert bradley_terry_loss(chosen, rejected, margin).item() == pytest.approx(sum(by_hand) / 2)
-    label = torch.tensor([0.5, 0.8])
-    p = [1 / (1 + math.exp(-d)) for d in (0.5, -2.0)]
-    by_hand = [-l * math.log(x) - (1 - l) * math.log(1 - x) for l, x in zip(label.tolist(), p)]
-    assert bradley_terry_loss(chosen, rejected, label=label).item() == pytest.approx(sum(by_hand) / 2)
+    margin, label = torch.tensor([0.25, -1.0]), torch.tensor([0.5, 0.8])
+    loss = {d: math.log(1 + math.exp(-d)) for d in (0.5, -0.5, 2, -2, 0.25, -1, -0.75, 3)}
+    for options, total in (
+        ({}, loss[0.5] + loss[-2]), ({"margin": margin}, loss[0.25] + loss[-1]),
+        ({"label": label}, (loss[0.5] + loss[-0.5]) / 2 + 0.8 * loss[-2] + 0.2 * loss[2]),
+        ({"margin": margin, "label": label}, (loss[0.25] + loss[-0.75]) / 2 + 0.8 * loss[-1] + 0.2 * loss[3]),
+    ):  # fmt: skip
+        assert bradley_terry_loss(chosen, rejected, **options).item() == pytest.approx(total / 2)
     assert bradley_terry_loss(torch.tensor([0.0]), torch.tensor([200.0])).item() == pytest.approx(200.0)
+    scores, label = torch.tensor([[1.0, 1], [2, 0], [0, 3], [5, 0]]), torch.tensor([1.0, 0.1, 0.2, 0.5])
+    _, stats = preference_loss(scores, torch.zeros(4), label, "plackett_luce", 0.0)
+    assert stats["accuracy"].tolist() == [0.5, 0, 1] and stats["margin"].tolist() == [0, -2, 3]
 
 
-def test_swapping_the_answers_and_the_label_changes_nothing():
-    chosen, rejected, margin = torch.tensor([0.0, 1.0]), torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.5])
-    label = torch.tensor([0.0, 0.7])
-    there = bradley_terry_loss(chosen, rejected, margin, label)
-    assert there.item() == pytest.approx(bradley_terry_loss(rejected, chosen, margin, 1 - label).item())
+def test_plackett_luce_is_the_probability_of_the_order():
+    scores = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    total = sum(math.exp(-plackett_luce_loss(scores[:1, list(order)])) for order in permutations(range(4)))
+    assert total == pytest.approx(1, abs=1e-5)
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])  # of the first choices, each among those that are left
+    p = [[scores[r, k].exp() / scores[r, k:end].exp().sum() for k in range(end)] for r, end in ((0, 4), (1, 3))]
+    by_hand = pytest.approx(-sum(math.log(x) for row in p for x in row) / 2, abs=1e-5)
+    assert plackett_luce_loss(scores, mask).item() == by_hand
+    far = (1000 * scores).requires_grad_()
+    assert torch.autograd.grad(plackett_luce_loss(far, mask), far)[0].isfinite().all()
 
 
-def test_a_tie_pulls_the_two_rewards_together():
-    scores = torch.tensor([1.0, -1.0], requires_grad=True)
-    gradient = torch.autograd.grad(bradley_terry_loss(scores[:1], scores[1:], label=torch.tensor([0.5])), scores)[0]
-    assert gradient[0] > 0 > gradient[1]
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "mistral", "bert"])
+def test_packed_scores_and_gradients_are_the_models_own(architecture):
+    model, rng = make_classifier(architecture), random.Random(0)
+    sizes = (7, 12, 1), (1, 9, 3, 20, 2, 5, 1, 8, 1)
+    prompts, answers = ([rng.choices(range(1, 99), k=n) for n in lengths] for lengths in sizes)
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    own = torch.cat([model(torch.tensor([prompt + answer])).logits[0] for prompt, answer in zip(repeated, answers)])
+    gradient = torch.autograd.grad(own.square().sum(), [*model.parameters()])
+    for trees in (prompts, repeated):
+        scores = completion_scores(model, trees, answers)
+        assert scores.shape == (9,) and torch.allclose(scores, own, rtol=0, atol=1e-5)
+        found = torch.autograd.grad(scores.square().sum(), [*model.parameters()])
+        assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(found, gradient))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = completion_scores(model, prompts, answers)
+    assert architecture == "bert" or (scores != scores.bfloat16().float()).any()  # the head is in fp32
 
 
-def test_plackett_luce_by_hand_and_for_two_answers():
-    scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -1.0]])
-    e = [[math.exp(s) for s in row] for row in scores.tolist()]
-    by_hand = [-math.log(a / (a + b + c)) - math.log(b / (b + c)) for a, b, c in e]
-    assert plackett_luce_loss(scores).item() == pytest.approx(sum(by_hand) / 2)
-    assert plackett_luce_loss(scores[:, :2]).item() == pytest.approx(
-        bradley_terry_loss(scores[:, 0], scores[:, 1]).item()
-    )
-    shorter = torch.tensor([[True, True, True], [True, True, False]])
-    by_hand[1] = -math.log(e[1][0] / (e[1][0] + e[1][1]))
-    assert plackett_luce_loss(scores, shorter).item() == pytest.approx(sum(by_hand) / 2)
-    scores = (1000 * scores).requires_grad_()
-    assert torch.autograd.grad(plackett_luce_loss(scores, shorter), scores)[0].isfinite().all()
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_micro_batches_hold_whole_rankings_within_the_budget(architecture):
+    model, rng = make_classifier(architecture), random.Random(0)
+    examples = [{"ids": [n] * rng.choice((2, 30)), "answers": [[n, k] * rng.choice((1, 9)) for k in range(2 + n % 3)]}
+                for n in range(60)]  # fmt: skip
+    batches, shared = pack_rankings(model, examples, 200), 0
+    assert sorted(i for indices, *_ in batches for i in indices) == [*range(60)] and len(batches) < 40
+    for indices, prompts, answers in batches:
+        K = len(answers) // len(prompts)
+        rows = [len(prompt) + sum(map(len, answers[r * K : (r + 1) * K])) for r, prompt in enumerate(prompts)]
+        assert len(indices) == 1 or len(rows) * max(rows) <= 200
+        shared += len(indices) * (K > 1)
+    assert shared > 30 if architecture == "llama" else shared == 0
+    (batch,) = pack_rankings(model, [{"ids": [5], "answers": [[6] * 2000, [7] * 2000]}], 100)
+    assert batch[1] == [[5], [5]]  # attention over one row of 4001 tokens would cost more
 
 
-def test_plackett_luce_is_a_probability_of_the_order():
-    from itertools import permutations
-
-    scores = torch.randn(4, generator=torch.Generator().manual_seed(0))
-    total = sum(math.exp(-plackett_luce_loss(scores[list(order)][None]).item()) for order in permutations(range(4)))
-    assert total == pytest.approx(1.0, abs=1e-5)
-
-
-def test_all_pairs_by_hand_and_for_two_answers():
-    scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -1.0]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-
-    def loss(d: float) -> float:
-        return math.log(1 + math.exp(-d))
-
-    by_hand = ((loss(1) + loss(2) + loss(1)) / 3 + loss(-3)) / 2
-    assert all_pairs_loss(scores, mask).item() == pytest.approx(by_hand)
-    assert all_pairs_loss(scores[:, :2]).item() == pytest.approx(bradley_terry_loss(scores[:, 0], scores[:, 1]).item())
+def test_common_tokens_are_read_once_and_rankings_that_teach_nothing_are_left_out(capsys):
+    rows = ranking("1+1=", "123", "12"), ranking("1+1=", "1234567", "4", "44")
+    one, two = ([make_tokenizer().decode(ids) for ids in (e["ids"], *e["answers"])]
+                for e in encode_rankings(rows, make_tokenizer(), 9))  # fmt: skip
+    assert one == ["1+1=1", "23", "2"] and two == ["1+1=", "12345", "4", "44"] and capsys.readouterr().out == ""
+    good, rejected = {"prompt": "1=", "chosen": "2", "rejected": "3"}, {"chosen": "2222", "rejected": "2223"}
+    bad = [{"prompt": "1=", **rejected}, {**good, "prompt": " "}, {**good, "chosen": "3"}, {**good, "chosen": "\u00e9"},
+           {**good, "prompt": "1" * 9}, ranking("1=", "2", "3", "2")]  # fmt: skip
+    assert len(encode_rankings([good, *bad, {"prompt": "1", **rejected}], make_tokenizer(), 5)) == 2
+    assert capsys.readouterr().out.startswith("6 of 8 rankings")
 
 
-def test_real_pairs_are_all_pairs_of_answers_that_are_there():
-    row, first, second = real_pairs(torch.tensor([[True, True, True], [True, True, False]]))
-    assert list(zip(*(x.tolist() for x in (row, first, second)))) == [(0, 0, 1), (0, 0, 2), (0, 1, 2), (1, 0, 1)]
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_dialogues_in_hhs_format_are_scored_whole(run, template):
+    q, z, y = "\n\nHuman: q\n\nAssistant:", " a\n\nHuman: z\n\nAssistant: ", " b\n\nHuman: y\n\nAssistant: "
+    rows = [(q + " yes", q + " no"), (q + z + "so", q + z + "because"), (q + y + "good", q + z + "bad")]
+    hh = [{"chosen": one, "rejected": two} for one, two in rows]
+    result = run(hh, hh, template=template, train_batch_size=3, max_steps=1, max_tokens_per_microbatch=100)
+    if template is not None:
+        rows = [[text.replace("\n\nHuman: ", "<user>").replace("\n\nAssistant: ", "<assistant>") for text in row]
+                for row in rows]  # fmt: skip
+    values = expected(make_classifier(), [ranking("", *row) for row in rows])
+    del values["accuracy_longer"]
+    check(result.metrics, values, "eval/{}_before")
+    check({tag: x[0] for tag, x in result.tags.items()}, values, "train/{}")
 
 
-def test_calibration_and_agreement_by_hand():
-    probabilities, labels = torch.tensor([0.85, 0.83, 0.12, 0.55]), torch.tensor([1.0, 0.0, 0.0, 1.0])
-    error, table = calibration(probabilities, labels)
-    assert error == pytest.approx((2 * abs(0.84 - 0.5) + abs(0.12 - 0) + abs(0.55 - 1)) / 4)
-    assert table[8].tolist() == pytest.approx([0.84, 0.5, 2]) and table[3].tolist() == [0, 0, 0]
-    assert calibration(torch.tensor([1.0]), torch.tensor([1.0]))[0] == 0
-    assert agreement(torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 0.2, 1.0, 0.0])) == pytest.approx(2.5 / 4)
-
-
-# ---- scores
-
-ROWS = [
-    {"prompt": "1+1=", "chosen": "2", "rejected": "345"},
-    {"prompt": "12+12=", "chosen": "24", "rejected": "25"},
-    {"prompt": "7=", "completions": ["7", "8", "-1234"]},
-]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gpt_neox"])
-def test_packed_scores_are_the_models_own_whatever_the_batch(architecture):
-    model, tokenizer = classifier(architecture), make_tokenizer()
-    examples = encode_rankings(ROWS, "training", tokenizer, 60)
-    together, mask = score_rankings(packed_scores, model, examples, 0)
-    separate, _ = score_rankings(separate_scores, model, examples, 0)
-    assert mask.tolist() == [[True, True, False], [True, True, False], [True] * 3]
-    for i, row in enumerate(ROWS):
-        for k, answer in enumerate(row.get("completions") or [row["chosen"], row["rejected"]]):
-            own = model(**tokenizer(row["prompt"] + answer, return_tensors="pt")).logits.item()
-            assert together[i, k].item() == pytest.approx(own, abs=1e-4)
-            assert separate[i, k].item() == pytest.approx(own, abs=1e-4)
-
-
-def test_gradients_of_packed_and_separate_scores_agree():
-    model = classifier()
-    examples = encode_rankings(ROWS[:2], "training", make_tokenizer(), 60)
-    gradients = []
-    for scores_fn in (packed_scores, separate_scores):
-        scores, _ = score_rankings(scores_fn, model, examples, 0)
-        loss = bradley_terry_loss(scores[:, 0], scores[:, 1])
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    for ours, theirs in zip(*gradients):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
-
-
-def test_encoders_and_sliding_windows_read_every_answer_separately():
-    assert choose_scores_fn(classifier(), [3, 4, 5]) is packed_scores
-    assert choose_scores_fn(bert(), [3, 4, 5]) is separate_scores
-    config = MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=4, num_labels=1, pad_token_id=0)
-    assert choose_scores_fn(AutoModelForSequenceClassification.from_config(config), [3, 4, 5]) is separate_scores
-    model, tokenizer = bert(), make_tokenizer()
-    examples = encode_rankings(ROWS[:2], "training", tokenizer, 60)
-    scores, _ = score_rankings(separate_scores, model, examples, 0)
-    own = model(**tokenizer("12+12=25", return_tensors="pt")).logits.item()
-    assert scores[1, 1].item() == pytest.approx(own, abs=1e-5)
-
-
-def test_the_query_is_what_the_answers_have_in_common(capsys):
-    (example,) = encode_rankings(
-        [{"prompt": "1+1=", "chosen": "123", "rejected": "12"}], "training", make_tokenizer(), 9
-    )
-    assert make_tokenizer().decode(example["query"]) == "1+1=1"  # and each response has a token of its own
-    assert [make_tokenizer().decode(r) for r in example["responses"]] == ["23", "2"]
-    cut = encode_rankings([{"prompt": "1+1=", "chosen": "1234567", "rejected": "4"}], "training", make_tokenizer(), 9)
-    assert make_tokenizer().decode(cut[0]["responses"][0]) == "12345"
-    assert capsys.readouterr().out == "of 1 training rankings: 1 cut (--max-length 9)\n"
-    rows = [{"prompt": "1=", "chosen": "2222", "rejected": "2223"}, {"prompt": "1=", "chosen": "2", "rejected": "2"},
-            {"prompt": "1=", "chosen": "2", "rejected": "3"}]  # fmt: skip
-    assert len(encode_rankings(rows, "training", make_tokenizer(), 5)) == 1
-    assert capsys.readouterr().out == (
-        "of 3 training rankings: 1 with an empty or the same answer left out, 1 the same once cut left out, 1 cut "
-        "(--max-length 5)\n"
-    )
-
-
-def test_a_pad_token_that_is_eos_is_replaced():
-    """transformers scores the last token that is not pad: with pad == eos, an answer's EOS would not be read."""
-    model, tokenizer = classifier(), make_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    for rows in (20, 19):  # the embeddings have a row for the new token, or get one
-        model.resize_token_embeddings(rows)
-        give_own_pad_token(model, tokenizer)
-        assert tokenizer.pad_token_id == model.config.pad_token_id == 19
-        assert model.get_input_embeddings().num_embeddings == 20
-        tokenizer.pad_token = tokenizer.eos_token
-    give_own_pad_token(model, tokenizer)
-    ids = tokenizer("1+1=2").input_ids + [tokenizer.eos_token_id]
-    alone = model(input_ids=torch.tensor([ids])).logits
-    padded = model(input_ids=torch.tensor([ids + [19, 19], [3] * 8])).logits[0]
-    assert torch.allclose(alone[0], padded, atol=1e-5)
-    assert not torch.allclose(model(input_ids=torch.tensor([ids[:-1]])).logits[0], padded, atol=1e-3)
-
-
-def test_a_new_head_has_the_published_spread(tmp_path):
-    """Standard deviation 1/sqrt(hidden + 1), over seeds; everything else is the backbone's."""
-    make_model("llama").save_pretrained(tmp_path)
+def test_a_new_head_has_the_published_spread_and_the_backbone_stays(tmp_path):
+    source = make_model("llama", attention_dropout=0.1)
+    source.save_pretrained(tmp_path / "llama")
+    BertModel(BertConfig(**SIZE), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    for name in ("llama", "bert"):
+        make_tokenizer().save_pretrained(tmp_path / name)
     heads = []
     for seed in range(40):
         torch.manual_seed(seed)
-        model = load_model(str(tmp_path), "--x", AutoModelForSequenceClassification, new_head=True, num_labels=1)
-        heads.append(model.score.weight.detach().flatten())
-    assert torch.cat(heads).std().item() == pytest.approx(33**-0.5, rel=0.05)
-    expected = make_model("llama").model.embed_tokens.weight
-    assert torch.equal(model.model.embed_tokens.weight, expected)
+        model, _ = load_classifier(str(tmp_path / "llama"), "--x")
+        heads.append(model.score.weight.detach())
+    assert torch.cat(heads).std().item() == pytest.approx(33**-0.5, rel=0.05) and model.config.attention_dropout == 0
+    assert all(torch.equal(x, model.model.state_dict()[name]) for name, x in source.model.state_dict().items())
+    encoder, _ = load_classifier(str(tmp_path / "bert"), "--x")
+    assert encoder.classifier.bias.tolist() == [0] and encoder.classifier.weight.std() > 0.1
+    state = {name: x.contiguous() for name, x in source.state_dict().items() if "up_proj" not in name}
+    source.save_pretrained(tmp_path / "llama", state_dict=state)
+    with pytest.raises(ValueError, match="--x .* has no weights for .*up_proj"):
+        load_classifier(str(tmp_path / "llama"), "--x")
 
 
-def test_scores_under_autocast_are_not_rounded_to_bf16():
-    examples = encode_rankings(ROWS, "training", make_tokenizer(), 60)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores, mask = score_rankings(packed_scores, classifier(), examples, 0)
-    assert (scores[mask] != scores[mask].bfloat16().float()).any()
+@pytest.mark.parametrize("pad", ["<eos>", None])
+def test_the_pad_token_is_the_classifiers_own(tmp_path, pad):
+    for part in (make_classifier(), make_tokenizer(pad=pad)):
+        part.save_pretrained(tmp_path)
+    model, tokenizer = load_classifier(str(tmp_path), "--x")
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 98
+    rows = torch.tensor([[5, 6, 1, 98, 98], [5, 6, 7, 8, 9]])
+    assert torch.allclose(model(rows).logits[0], model(rows[:1, :3]).logits[0], atol=1e-5)  # the EOS, 1, is read
 
 
-@pytest.mark.parametrize("architecture", ["DistilBert", "Roberta"])
-def test_other_encoders_get_a_head(tmp_path, architecture):
-    config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=20, hidden_size=32, dim=32, hidden_dim=64, intermediate_size=64, num_hidden_layers=2, n_layers=2,
-        num_attention_heads=4, n_heads=4, max_position_embeddings=34, pad_token_id=0,
-    )  # fmt: skip
-    getattr(transformers, f"{architecture}Model")(config).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), "--x", AutoModelForSequenceClassification, new_head=True, num_labels=1)
-    examples = encode_rankings(ROWS, "training", make_tokenizer(), 60)
-    scores, mask = score_rankings(choose_scores_fn(model, [3, 4, 5]), model, examples, 0)
-    assert scores[mask].isfinite().all() and scores[mask].std() > 1e-4
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_grpo_reads_the_saved_folder_with_the_same_scores(run, template):
+    result = run(template=template, max_steps=3)
+    path, saved = result.folder / "model", torch.load(result.folder / "checkpoint.pt", weights_only=True)["model"]
+    model, examples = load(path), encode_rankings(TRAIN, AutoTokenizer.from_pretrained(path), 128)
+    assert all(torch.equal(x, saved[name]) for name, x in model.state_dict().items()) and "score.weight" in saved
+    scores = torch.cat([completion_scores(model, [e["ids"]], e["answers"]) for e in examples])
+    samples = [{"prompt": row["prompt"], "turns": [{"role": "user", "content": row["prompt"]}], "text": answer}
+               for row in TRAIN for answer in row["completions"]]  # fmt: skip
+    for normalize in (False, True):  # by the mean and standard deviation of the answers that there are
+        args = grpo_llm.Args(reward_model_path=str(path), normalize_reward_model=normalize)
+        found = grpo_llm.load_reward_model(args, torch.device("cpu"))(samples)
+        wanted = (scores - scores.mean()) / scores.std() if normalize else scores
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-5 if normalize else 1e-6)
 
 
-# ---- the whole script on a tiny model
+@pytest.mark.parametrize("flags", [
+    {"max_tokens_per_microbatch": 24}, {"max_tokens_per_microbatch": 48, "ranking_loss": "all_pairs"},
+    {"max_tokens_per_microbatch": 40, "center_rewards_coefficient": 0.1}, {"gradient_checkpointing": True},
+])  # fmt: skip
+def test_the_tags_of_a_run_are_those_computed_by_hand(run, flags):
+    result, model = run(max_steps=4, eval_steps=2, train_batch_size=16, **flags), make_classifier()
+    options = flags.get("ranking_loss", "plackett_luce"), flags.get("center_rewards_coefficient", 0.0)
+    values = expected(model, TRAIN, *options)  # a batch is TRAIN twice
+    gradient = torch.autograd.grad(values["loss"], [*model.parameters()])
+    values["grad_norm"] = sum(g.square().sum() for g in gradient).sqrt()
+    del values["accuracy_longer"]
+    check({tag: x[0] for tag, x in result.tags.items()}, values, "train/{}")
+    check(result.metrics, expected(model, HELD_OUT, *options), "eval/{}_before")
+    check(result.metrics, expected(load(result.folder / "model"), HELD_OUT, *options), "eval/{}")
+    assert len(result.tags["eval/loss"]) == 3 and result.tags["train/epoch"] == [2, 4, 6, 8]
 
 
-def test_a_run_learns_logs_and_saves_what_others_load(tiny, capsys):
-    args = tiny(max_steps=20)
-    metrics = main(args)
-    folder = run_folder(args)
-    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
-    assert json.loads((folder / "summary.json").read_text()) == metrics
-    assert metrics["eval/accuracy"] == 1.0 and metrics["eval/loss"] < metrics["eval/loss_before"]
-    assert {"eval/accuracy_before", "eval/accuracy_longer", "eval/calibration_error", "seed"} <= set(metrics)
-    assert metrics["eval/accuracy_longer"] != 0.5
-    tags = scalars(folder)
-    assert len(tags["train/loss"]) == 20 and tags["train/accuracy"][-1][1] > 0.9
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert len(events.Images("calibration")) >= 1
-    # a fresh process scores bit-equal, and the policy scripts standardise by the config's figures
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    ids = tokenizer("1+1=1", return_tensors="pt")
-    code = (
-        "import sys, torch; from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T;"
-        "m = M.from_pretrained(sys.argv[1]).eval(); t = T.from_pretrained(sys.argv[1]);"
-        "print(m(**t('1+1=1', return_tensors='pt')).logits.item().hex())"
-    )
-    fresh = subprocess.run([sys.executable, "-c", code, folder / "model"], capture_output=True, text=True, timeout=120)
-    assert float.fromhex(fresh.stdout) == model(**ids).logits.item()
-    rows = PAIRS[:-6]
-    answers = [(r["prompt"], a) for r in rows for a in (r["chosen"], r["rejected"]) if r["chosen"] != r["rejected"]]
-    flags = grpo_llm.Args(reward_model_path=str(folder / "model"), normalize_reward_model=True)
-    score = grpo_llm.load_reward_model(flags, torch.device("cpu"))
-    scores = score([{"prompt": p, "turns": [{"role": "user", "content": p}], "text": text} for p, text in answers])
-    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
+def test_each_epoch_visits_each_row_once_in_an_order_of_its_own(run):
+    losses, orders = [expected(make_classifier(), [row])["loss"].item() for row in TRAIN], set()
+    for seed in (1, 2):
+        tags = run(train_batch_size=1, num_train_epochs=2, learning_rate=FROZEN, seed=seed, max_steps=None).tags
+        order = [min(range(8), key=lambda i: abs(losses[i] - loss)) for loss in tags["train/loss"]]
+        assert sorted(order[:8]) == sorted(order[8:]) == [*range(8)]
+        orders |= {(*order[:8],), (*order[8:],)}
+    assert len(orders) == 4
+    with pytest.raises(ValueError, match="0 training rows"):
+        run(max_length=2)
 
 
-@pytest.mark.parametrize("ranking_loss", ["plackett_luce", "all_pairs"])
-def test_rankings_are_learnt(tiny, tmp_path, ranking_loss):
-    rows = [
-        {"prompt": f"{a}=", "completions": ["1" * (a % 3 + 1), "2" * 3, "3" * 2, "4"][: 3 + a % 2]} for a in range(30)
-    ]
-    data = write_rows(tmp_path / "rankings.jsonl", rows)
-    args = tiny(dataset_name=data, ranking_loss=ranking_loss, max_steps=50, center_rewards_coefficient=0.1)
-    metrics = main(args)
-    assert metrics["eval/accuracy"] > 0.9 and abs(metrics["eval/mean_reward"]) < 0.5
+def test_the_learning_rate_follows_its_schedule_and_gradients_are_clipped(run):
+    rates = run(warmup_steps=2, max_steps=5, learning_rate=3e-3).tags["charts/learning_rate"]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 1.5e-3, 0.0], abs=1e-9)
+    before = make_classifier().state_dict()
+    for max_grad_norm, change in ((1e6, 5e-3), (1e-12, 0.0)):  # Adam's first step is the learning rate
+        after = weights(run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm).folder)
+        largest = max((before[name] - x).abs().max().item() for name, x in after.items())
+        assert largest == pytest.approx(change, rel=1e-2, abs=1e-5)
 
 
-def test_margins_labels_and_centring_reach_the_loss(tiny, tmp_path):
-    rows = [{**row, "margin": 0.5, "label": 0.9} for row in PAIRS]
-    args = tiny(dataset_name=write_rows(tmp_path / "strength.jsonl", rows), max_steps=1, center_rewards_coefficient=0.1)
-    main(args)
-    torch.manual_seed(1)
-    model = load_model(
-        args.model_name_or_path, "--x", AutoModelForSequenceClassification, new_head=True, num_labels=1, pad_token_id=0
-    )
-    examples = encode_rankings(rows[:-6], "training", make_tokenizer(), 128)
-    batch = [examples[i] for i in reward_model.data_order(0, 8, len(examples), 1)]
-    scores, _ = score_rankings(packed_scores, model, batch, 0)
-    expected = bradley_terry_loss(*scores.T, torch.full((8,), 0.5), torch.full((8,), 0.9))
-    expected = expected + 0.1 * scores.sum(1).square().mean()
-    assert scalars(run_folder(args))["train/loss"][0][1] == pytest.approx(expected.item(), rel=1e-4)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_run_learns_only_by_its_learning_rate(run, architecture):
+    answers = [[f"{b}" * (1 + a % 2), "+", "-" * (1 + b % 3)][: 2 + a % 2] for a in range(6) for b in range(8)]
+    rows = [ranking(f"{n}=", *texts) for n, texts in enumerate(answers)]
+    learner, frozen = (run(rows, None, architecture, max_steps=30, learning_rate=x).metrics for x in (1e-2, FROZEN))
+    assert learner["eval/accuracy"] > 0.95 and frozen["eval/accuracy"] < 0.8
+    assert frozen["eval/loss"] == pytest.approx(frozen["eval/loss_before"], abs=1e-5)
 
 
-def test_microbatches_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
-    found = []
-    for number, flags in enumerate(({}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True})):
-        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, learning_rate=1e-3, **flags)
-        main(args)
-        found.append((weights(run_folder(args)), scalars(run_folder(args))["train/grad_norm"]))
-    for other, norms in found[1:]:
-        assert all(torch.allclose(found[0][0][name], other[name], atol=1e-5) for name in other)
-        assert [n for _, n in norms] == pytest.approx([n for _, n in found[0][1]], rel=1e-4)
+def test_the_rarest_prompts_are_held_out_for_every_seed(run):
+    rows = [ranking(f"{n}=", f"{n}" * k, "-") for n in range(10) for k in range(1, 2 + (n != 4))]
+    train, rare = (expected(make_classifier(), [r for r in rows if (r["prompt"] == "4=") == x]) for x in (False, True))
+    for seed in (1, 2):
+        result = run(rows, None, seed=seed, train_batch_size=18, max_steps=1)
+        check(result.metrics, rare, "eval/{}_before")
+        assert result.tags["train/loss"][0] == pytest.approx(train["loss"].item(), abs=1e-5)
 
 
-def test_an_encoder_is_trained_too(tiny, tmp_path, capsys):
-    bert().base_model.save_pretrained(tmp_path / "bert")
-    make_tokenizer().save_pretrained(tmp_path / "bert")
-    metrics = main(tiny(model_name_or_path=str(tmp_path / "bert"), max_steps=30, max_length=64))
-    assert "every answer is read together with its own prompt" in capsys.readouterr().out
-    assert metrics["eval/accuracy"] > 0.9
+def test_a_run_that_is_cut_off_resumes_bit_equal(run, monkeypatch):
+    flags = {"max_steps": 6, "train_batch_size": 3, "eval_steps": 3, "warmup_steps": 1, "architecture": None}
+    whole, save = run(**flags).folder, torch.save
+    monkeypatch.setattr(torch, "save", lambda state, path: 1 / 0 if state["step"] == 6 else save(state, path))
+    with pytest.raises(ZeroDivisionError):
+        run(**flags, output_dir=str(whole.parent / "cut"))
+    monkeypatch.undo()
+    (cut,) = (whole.parent / "cut").glob("*")
+    reward_model.main(reward_model.Args(resume=str(cut)))
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (cut, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert {**scalars(cut), "charts/SPS": 0} == {**scalars(whole), "charts/SPS": 0}
 
 
-def test_the_embedded_run_learns(tmp_path):
-    metrics = main(Args(output_dir=str(tmp_path), sft_steps=60, max_steps=60, max_eval_samples=64, device="cpu",
-                        bf16=False))  # fmt: skip
-    assert metrics["eval/accuracy"] > 0.6 and metrics["eval/loss"] < metrics["eval/loss_before"]
+def test_the_tiny_model_learns_which_sums_are_right(run, monkeypatch):
+    rows = [row[:400] for row in reward_model.addition_rows()]
+    for row in reward_model.addition_pairs(rows[0], 1, 1, (-3, 10)):
+        a, b = map(int, row["prompt"][:-1].split("+"))
+        chosen, rejected = (int(row[key].split("=")[-1]) for key in ("chosen", "rejected"))
+        assert chosen == a + b and rejected - chosen in (-3, 10)
+    monkeypatch.setattr(reward_model, "addition_rows", lambda: rows)
+    flags = {"dataset_name": None, "model_name_or_path": None, "sft_steps": 20, "train_batch_size": 64, "max_steps": 40}
+    metrics = run(**flags, learning_rate=2e-3, max_eval_samples=200).metrics
+    assert metrics["eval/accuracy"] > 0.7 > metrics["eval/accuracy_before"] + 0.05
