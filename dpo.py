@@ -392,7 +392,7 @@ def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autoc
         if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > max_tokens:
             batches.append([])
         batches[-1].append(i)
-    for mb in batches:
+    for mb in filter(None, batches):
         completions = [ids for i in mb for ids in pairs[i]["completions"]]  # chosen, rejected, chosen, ...
         mask = pad_sequence([torch.tensor(mask) for i in mb for mask in pairs[i]["masks"]], batch_first=True)  # (B, T)
         with autocast():
