@@ -94,7 +94,7 @@ class Args:
     beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Larger for ipo and sigmoid_norm
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # see dpo_loss
     label_smoothing: float = 0.0  # share of the labels assumed to be wrong, for sigmoid(_norm) and robust
-    rpo_alpha: float = 0.0  # weight of the chosen answer's negative log-likelihood per token
+    rpo_alpha: float | None = None  # weight of the chosen answers' NLL per token. None: 1 for the tiny model, else 0
 
 
 def dpo_loss(
@@ -386,8 +386,7 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
 def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Iterator[tuple]:
     """Micro-batches of about max_tokens: indices of R pairs, and the log-probabilities (R, 2) of their answers, which
     are sums over the tokens that count."""
-    lengths = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs]
-    batches: list[list[int]] = [[]]
+    lengths, batches = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs], [[]]
     for i in sorted(range(len(pairs)), key=lengths.__getitem__):  # pairs of similar length need little padding
         if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > max_tokens:
             batches.append([])
@@ -453,7 +452,7 @@ def main(args: Args) -> dict[str, float]:
         dist.barrier()
     model, tokenizer = load_pretrained(initial, "--model-name-or-path")
     max_length = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", math.inf))
-    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 2, args.seed) for rows in addition_rows()]
+    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, args.seed) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([pair["prompt"] for pair in train], len(train)))
@@ -470,6 +469,7 @@ def main(args: Args) -> dict[str, float]:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     beta = (0.1 if args.model_name_or_path else 0.3) if args.beta is None else args.beta
+    rpo_alpha = (0.0 if args.model_name_or_path else 1.0) if args.rpo_alpha is None else args.rpo_alpha
     peak_lr = (1e-6 if args.model_name_or_path else 3e-4) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
@@ -501,7 +501,7 @@ def main(args: Args) -> dict[str, float]:
         losses, chosen, rejected = dpo_loss(
             *(logps * scale).unbind(1), *(ref_logps * scale).unbind(1), beta, args.loss_type, args.label_smoothing
         )
-        losses = losses - args.rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO, arXiv:2404.19733, eq. 1
+        losses = losses - rpo_alpha * logps[:, 0] / lengths[:, 0]  # RPO, arXiv:2404.19733, eq. 1
         margins = chosen - rejected  # (R,)
         return losses, {
             "loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margins,

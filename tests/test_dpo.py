@@ -242,7 +242,7 @@ def figures(model, reference, rows, args):
             "robust": ((1 - e) * right - e * wrong) / (1 - 2 * e), "hinge": (1 - h).clamp(min=0),
             "ipo": (h / beta - 0.5 / beta) ** 2,
         }.get(args.loss_type, (1 - e) * right + e * wrong)  # fmt: skip
-        total = total + (loss - args.rpo_alpha * c / sum(pair["masks"][0])) / len(rows)
+        total = total + (loss - (args.rpo_alpha or 0.0) * c / sum(pair["masks"][0])) / len(rows)
         tie = 0.5 if abs(h) < 1e-5 else float(h > 0)
         found.append([chosen.item(), rejected.item(), h.item(), tie, c.item(), r.item()])
     gradient = torch.autograd.grad(total, list(model.parameters()))
