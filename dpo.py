@@ -17,7 +17,7 @@ Rafailov et al. 2023, arXiv:2305.18290, eq. 7. dpo_loss names the papers of the 
     python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset-name trl-lib/ultrafeedback_binarized --learning-rate 5e-7                             # one GPU
     torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
-    python dpo.py --resume runs/<run folder>       # continue exactly where the last checkpoint was written
+    python dpo.py --resume runs/<run folder>       # continue exactly from the last checkpoint
 
 Shapes: N pairs, R of them in a micro-batch, B = 2 R answers (chosen, rejected, chosen, ...) of T tokens, H hidden size,
 V vocabulary. `logps` are sums over an answer's tokens. `mask` is True for tokens that count: those of assistant turns.
@@ -70,14 +70,14 @@ class Args:
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
-    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_config: str | None = None  # hub configuration, such as main for openai/gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    dataset_test_split: str = "test"  # if there is no "test", a tenth of train is held out
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if there is CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
     max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     sft_steps: int = 1200  # supervised steps that make the tiny model
@@ -90,10 +90,10 @@ class Args:
     save_steps: int = 50  # steps between checkpoints
     learning_rate: float | None = None  # peak. None: 3e-4 for the tiny model, else 1e-6
     train_batch_size: int = 64  # pairs per optimizer step, over all processes
-    max_length: int = 1024  # tokens of a prompt with its answer, whose end is cut off
+    max_length: int = 1024  # tokens of prompt and answer. The excess is cut off the answer's end
     beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Larger for ipo and sigmoid_norm
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # see dpo_loss
-    label_smoothing: float = 0.0  # share of the labels assumed to be wrong, for sigmoid(_norm) and robust
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # loss of the log ratios
+    label_smoothing: float = 0.0  # share of wrong labels, below 0.5, for sigmoid(_norm) and robust
     rpo_alpha: float | None = None  # weight of the chosen answers' NLL per token. None: 1 for the tiny model, else 0
 
 
@@ -126,7 +126,7 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    """The 8100 sums of two two-digit numbers. 520 are held out, the same for every seed; b+a goes with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
@@ -135,7 +135,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
 
 def demonstrate(row: dict, rng: random.Random) -> str:
     """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    writes the sum at once, forgets the carry of the units, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -181,7 +181,7 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 
 
 def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
-    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout, and its tokenizer."""
     files = {file.name.split(".")[0] for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
         raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
@@ -207,8 +207,8 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    for split in {train, test} - {"test", *splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    if unknown := {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {unknown.pop()} is not one of {sorted(splits)}")
     return list(splits[train]), list(splits.get(test, ()))
 
 
@@ -349,7 +349,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
     A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
     prompt's positions."""
     K, device = len(completions) // len(prompts), model.device
@@ -376,7 +376,7 @@ def completion_states(model: PreTrainedModel, prompts: list[list[int]], completi
 
 
 def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    """Log-probabilities (B, T) in fp32 of B completions, grouped by prompt; 0 after their end."""
     hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
     target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
     logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
@@ -452,7 +452,7 @@ def main(args: Args) -> dict[str, float]:
         dist.barrier()
     model, tokenizer = load_pretrained(initial, "--model-name-or-path")
     max_length = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", math.inf))
-    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, args.seed) for rows in addition_rows()]
+    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, seed=0) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([pair["prompt"] for pair in train], len(train)))
@@ -481,7 +481,7 @@ def main(args: Args) -> dict[str, float]:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-    else:  # the reference takes no memory during training
+    else:  # computed once: training holds no reference model
         reference, _ = load_pretrained(args.ref_model_name_or_path or initial, "--ref-model-name-or-path")
         ref_logps = all_logps(reference.to(device), train + held_out, args.max_tokens_per_microbatch, autocast)
         progress["ref_logps"] = ref_logps.cpu()  # (N, 2)

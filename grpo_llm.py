@@ -20,7 +20,7 @@ arXiv:2507.18071: --loss-type grpo --importance-sampling-level sequence --epsilo
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
         --dataset-config main --max-completion-length 512 --max-steps 500 --max-eval-samples 128        # one GPU
     torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
-    python grpo_llm.py --resume runs/<run folder>  # continue exactly where the last checkpoint was written
+    python grpo_llm.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
 Shapes: P prompts of one process, G completions per prompt (k in evaluation), B completions, L_q prompt tokens, T tokens
 per completion, R rows of L tokens, K completions per row, H hidden size, V vocabulary. logprobs[:, t] scores token t.
@@ -74,14 +74,14 @@ class Args:
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
-    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_config: str | None = None  # hub configuration, such as main for openai/gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    dataset_test_split: str = "test"  # if there is no "test", a tenth of train is held out
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if there is CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
     max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     sft_steps: int = 1200  # supervised steps that make the tiny model
@@ -97,7 +97,7 @@ class Args:
     temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
     reward_model_path: str | None = None  # sequence classifier with one logit, added to the rewards
-    normalize_reward_model: bool = False  # to mean 0, variance 1 on reward_model.py's data
+    normalize_reward_model: bool = False  # scale to mean 0, variance 1 on reward_model.py's data
     loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens. grpo: per completion first
     scale_rewards: Literal["group", "none"] = "group"  # divide by the group's std. none: Dr. GRPO
     importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token, or per completion (GSPO)
@@ -217,7 +217,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    """The 8100 sums of two two-digit numbers. 520 are held out, the same for every seed; b+a goes with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
@@ -226,7 +226,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
 
 def demonstrate(row: dict, rng: random.Random) -> str:
     """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    writes the sum at once, forgets the carry of the units, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -260,7 +260,7 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 
 
 def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
-    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout, and its tokenizer."""
     files = {file.name.split(".")[0] for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
         raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
@@ -286,8 +286,8 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    for split in {train, test} - {"test", *splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    if unknown := {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {unknown.pop()} is not one of {sorted(splits)}")
     return list(splits[train]), list(splits.get(test, ()))
 
 
@@ -356,18 +356,18 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
     """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
     logprob at temperature 1. By the inverse CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. Sums
     over chunks are fp64, or the tail of a large vocabulary would be lost. Overwrites logits (B, V)."""
-    V = logits.shape[1]
-    logits = nn.functional.pad(logits, (0, -V % 128), value=-torch.inf) if V % 128 else logits
+    if logits.shape[1] % 128:
+        logits = nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
     logits = logits.float().div_(temperature or 1.0)
-    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_().unflatten(1, (-1, 128))  # (B, C, 128), up to a factor
-    sums = probs.sum(2).double()  # (B, C)
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
+    sums = probs.unflatten(1, (-1, 128)).sum(2).double()  # (B, C)
     cdf = sums.cumsum(1)  # (B, C)
     goal = uniform[:, None] * cdf[:, -1:]  # (B, 1)
     chunk = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
-    inside = probs.take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
-    token = 128 * chunk + torch.searchsorted(inside, goal - (cdf - sums).gather(1, chunk), right=True)  # (B, 1)
-    probs = probs.flatten(1)  # (B, V), or a little more
-    token = token.clamp(max=V - 1) if temperature > 0 else probs.argmax(1, keepdim=True)
+    inside = probs.unflatten(1, (-1, 128)).take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
+    share = ((goal - cdf.gather(1, chunk)) / sums.gather(1, chunk) + 1).clamp(0, 1 - 1e-15)  # (B, 1), inside the chunk
+    token = 128 * chunk + torch.searchsorted(inside, share * inside[:, -1:], right=True)  # (B, 1)
+    token = token if temperature > 0 else probs.argmax(1, keepdim=True)
     return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
 
 
@@ -456,7 +456,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
     A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
     prompt's positions."""
     K, device = len(completions) // len(prompts), model.device
@@ -483,7 +483,7 @@ def completion_states(model: PreTrainedModel, prompts: list[list[int]], completi
 
 
 def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    """Log-probabilities (B, T) in fp32 of B completions, grouped by prompt; 0 after their end."""
     hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
     target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
     logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
@@ -537,7 +537,7 @@ def main(args: Args) -> dict[str, float]:
     B, G = args.generation_batch_size, args.num_generations
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if G < 2 or B < G or B % (G * world_size):
-        raise ValueError(f"--generation-batch-size {B} is no multiple of --num-generations {G} (>= 2) x processes")
+        raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} (>= 2) x processes")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -602,7 +602,7 @@ def main(args: Args) -> dict[str, float]:
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
-        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # skip lower ranks'
+        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # of lower ranks
         with autocast():
             response, logprobs, mask = sample(
                 model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,

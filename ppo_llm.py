@@ -5,9 +5,9 @@
 # ///
 """PPO: train a language model by reinforcement learning from human feedback (RLHF), with a learned value function.
 
-The policy samples a response to each prompt, and a Python function or a reward model scores the whole response. Every
-token pays for its distance to the initial model. A value network predicts what is still to come, and the update raises
-or lowers each token's probability by its advantage over that prediction, within a clipped trust region.
+The policy samples a response to each prompt, and a Python function or a reward model scores the whole response. Each
+token is penalized for its distance to the initial model. A value network predicts the rewards still to come, and the
+update raises or lowers each token's probability by its advantage over that prediction, within a clipped trust region.
 
     r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  and at the last token also + score(x, y)
     A_t = sum_l (gamma lambda)^l delta_t+l,   delta_t = r_t + gamma V(x, y_<t+1) - V(x, y_<t),   R_t = A_t + V(x, y_<t)
@@ -24,7 +24,7 @@ Details: Huang et al. 2024, arXiv:2403.17031 ("N+ implementation details").
     python ppo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback-prompt \\
         --reward-model-path <run folder of reward_model.py>/model --max-eval-samples 128                   # one GPU
     torchrun --nproc-per-node=8 ppo_llm.py ...     # several GPUs: the same global batch, split by prompts
-    python ppo_llm.py --resume runs/<run folder>   # continue exactly where the last checkpoint was written
+    python ppo_llm.py --resume runs/<run folder>   # continue exactly from the last checkpoint
 
 Shapes: P prompts of one process, G completions per prompt (k in evaluation), B completions, L_q prompt tokens, T tokens
 per completion, R rows of L tokens, K completions per row, H hidden size, V vocabulary. logprobs[:, t] scores token t,
@@ -80,14 +80,14 @@ class Args:
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
-    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_config: str | None = None  # hub configuration, such as main for openai/gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    dataset_test_split: str = "test"  # if there is no "test", a tenth of train is held out
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if there is CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
     max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     sft_steps: int = 1200  # supervised steps that make the tiny model
@@ -103,20 +103,20 @@ class Args:
     temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
     reward_model_path: str | None = None  # sequence classifier with one logit: the reward. Functions are only logged
-    normalize_reward_model: bool = False  # to mean 0, variance 1 on reward_model.py's data
+    normalize_reward_model: bool = False  # scale to mean 0, variance 1 on reward_model.py's data
     num_ppo_epochs: int = 4  # passes over each rollout (Ziegler et al. 2019)
     num_mini_batches: int = 1  # optimizer steps per pass. A prompt's completions stay together
-    target_kl: float | None = None  # skip a rollout's other passes once their mean KL per token exceeds this
+    target_kl: float | None = None  # skip a rollout's remaining passes once a pass has a mean KL per token above this
     kl_coef: float = 0.05  # beta: what a nat of log pi / pi_ref costs in the reward (Huang et al. 2024)
     gamma: float = 1.0  # discount per token (Ziegler et al. 2019)
     lam: float = 0.95  # lambda of GAE (Ziegler et al. 2019)
     epsilon: float = 0.2  # the ratio is clipped to 1 +- epsilon
     cliprange_value: float = 0.2  # a new value counts as at most this far from the rollout's
-    vf_coef: float = 0.1  # weight of the value loss. It matters with --share-value-backbone
+    vf_coef: float = 0.1  # weight of the value loss, most important with --share-value-backbone
     ent_coef: float = 0.0  # weight of the entropy bonus
     whiten_rewards: bool = False  # divide token rewards by their standard deviation; their mean stays
     missing_eos_penalty: float = 0.0  # subtracted from the score of a training completion without a stop token
-    share_value_backbone: bool = False  # a linear value head on the policy: half the memory, and it moves the policy
+    share_value_backbone: bool = False  # value head on the policy: half the memory, but it trains the policy too
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -236,7 +236,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    """The 8100 sums of two two-digit numbers. 520 are held out, the same for every seed; b+a goes with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
@@ -245,7 +245,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
 
 def demonstrate(row: dict, rng: random.Random) -> str:
     """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    writes the sum at once, forgets the carry of the units, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -279,7 +279,7 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 
 
 def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
-    """A model in fp32 (in bf16, small updates would be rounded away), without dropout; its tokenizer."""
+    """A model in fp32 (in bf16, small updates would be rounded away), without dropout, and its tokenizer."""
     files = {file.name.split(".")[0] for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
         raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
@@ -305,8 +305,8 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    for split in {train, test} - {"test", *splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    if unknown := {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {unknown.pop()} is not one of {sorted(splits)}")
     return list(splits[train]), list(splits.get(test, ()))
 
 
@@ -399,18 +399,18 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
     """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
     logprob at temperature 1. By the inverse CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. Sums
     over chunks are fp64, or the tail of a large vocabulary would be lost. Overwrites logits (B, V)."""
-    V = logits.shape[1]
-    logits = nn.functional.pad(logits, (0, -V % 128), value=-torch.inf) if V % 128 else logits
+    if logits.shape[1] % 128:
+        logits = nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
     logits = logits.float().div_(temperature or 1.0)
-    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_().unflatten(1, (-1, 128))  # (B, C, 128), up to a factor
-    sums = probs.sum(2).double()  # (B, C)
+    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
+    sums = probs.unflatten(1, (-1, 128)).sum(2).double()  # (B, C)
     cdf = sums.cumsum(1)  # (B, C)
     goal = uniform[:, None] * cdf[:, -1:]  # (B, 1)
     chunk = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
-    inside = probs.take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
-    token = 128 * chunk + torch.searchsorted(inside, goal - (cdf - sums).gather(1, chunk), right=True)  # (B, 1)
-    probs = probs.flatten(1)  # (B, V), or a little more
-    token = token.clamp(max=V - 1) if temperature > 0 else probs.argmax(1, keepdim=True)
+    inside = probs.unflatten(1, (-1, 128)).take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
+    share = ((goal - cdf.gather(1, chunk)) / sums.gather(1, chunk) + 1).clamp(0, 1 - 1e-15)  # (B, 1), inside the chunk
+    token = 128 * chunk + torch.searchsorted(inside, share * inside[:, -1:], right=True)  # (B, 1)
+    token = token if temperature > 0 else probs.argmax(1, keepdim=True)
     return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
 
 
@@ -499,7 +499,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
     A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
     prompt's positions."""
     K, device = len(completions) // len(prompts), model.device
@@ -526,7 +526,7 @@ def completion_states(model: PreTrainedModel, prompts: list[list[int]], completi
 
 
 def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of B completions, as many per prompt in turn; 0 after their end."""
+    """Log-probabilities (B, T) in fp32 of B completions, grouped by prompt; 0 after their end."""
     hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
     target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
     logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
@@ -537,7 +537,7 @@ def completion_values(
     value_model: PreTrainedModel, value_head: nn.Linear, prompts: list[list[int]], completions: list[list[int]]
 ) -> Tensor:
     """Values (B, T) of the states before the tokens of B completions; 0 after their end. The head is fp32, also under
-    autocast: bf16 would leave the values three digits."""
+    autocast: a bf16 value has only three significant digits."""
     hidden, lengths = completion_states(value_model, prompts, completions), [len(c) for c in completions]
     with torch.autocast(hidden.device.type, enabled=False):
         values = value_head(hidden.float())[:, 0]  # (N,)
@@ -606,8 +606,8 @@ def main(args: Args) -> dict[str, float]:
     B, G, M = args.generation_batch_size, args.num_generations, args.num_mini_batches
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if min(G, M) < 1 or B < 1 or B % (G * M * world_size):
-        raise ValueError(f"--generation-batch-size {B} is no multiple of --num-generations {G} x --num-mini-batches "
-                         f"{M} x {world_size} processes")
+        raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} x "
+                         f"--num-mini-batches {M} x {world_size} processes")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -676,7 +676,7 @@ def main(args: Args) -> dict[str, float]:
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
-        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # skip lower ranks'
+        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # of lower ranks
         with autocast():
             response, logprobs, mask = sample(
                 model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,
@@ -764,7 +764,7 @@ def main(args: Args) -> dict[str, float]:
             if args.target_kl is not None and pass_kl > args.target_kl:
                 break
             kl_before = float(stats["policy/approxkl_avg"])
-            # By lot, each minibatch gets one of every M consecutive prompts: as many as any other, in every process.
+            # Each minibatch draws one of every M consecutive prompts, so that all are of equal size in every process.
             lot = torch.rand(B // G // M, M, generator=lots).argsort(1) + M * torch.arange(B // G // M)[:, None]
             for minibatch, prompts in enumerate((lot.chunk(world_size)[rank] - rank * B // G // world_size).T):
                 chosen = (G * prompts[:, None] + torch.arange(G)).flatten()  # (P/M*G,)
@@ -781,13 +781,13 @@ def main(args: Args) -> dict[str, float]:
                     if epoch == minibatch == 0:
                         gap = (mb_logprobs.detach() - fixed["old_logprobs"]).abs()  # (b, T)
                         difference[mb, :T] = torch.where(fixed["mask"], gap, math.nan)
-                    # The old log-probabilities are the sampler's: the policy has moved before most minibatches are
-                    # first visited, and the sampler's rounding is far below epsilon, also in bf16.
-                    policy_loss, _ = ppo_loss(mb_logprobs, values=fixed["old_values"], **fixed)
+                    # The old log-probabilities are the sampler's: with M > 1 the policy has moved before most
+                    # minibatches are first visited, and the sampler's rounding is far below epsilon, also in bf16.
+                    policy_loss, _ = ppo_loss(mb_logprobs, values=fixed["old_values"], **fixed)  # no value loss yet
                     policy_loss.backward()  # frees the policy's graph before the value network builds its own
                     with autocast():
                         mb_values = completion_values(value_model, value_head, *inputs)  # (b, T)
-                    loss, mb_stats = ppo_loss(mb_logprobs.detach(), values=mb_values, **fixed)
+                    loss, mb_stats = ppo_loss(mb_logprobs.detach(), values=mb_values, **fixed)  # only the value loss
                     loss.backward()
                     for name, value in mb_stats.items():
                         stats[name] += value[None] * minibatch_tokens / num_tokens

@@ -15,13 +15,13 @@ is preferred to y_j with probability sigmoid(r(x, y_i) - r(x, y_j)).
 Two answers: Bradley and Terry 1952; Christiano et al., arXiv:1706.03741. Margins: Llama 2, arXiv:2307.09288, eq. 2.
 K answers: Plackett 1975, Luce 1959. --ranking-loss all_pairs: InstructGPT, arXiv:2203.02155, eq. 1.
 Comparisons determine rewards only up to a constant per prompt. The saved config holds the rewards' mean and standard
-deviation over training answers (`reward_mean`, `reward_std`), with which grpo_llm.py can normalize them.
+deviation over training answers (`reward_mean`, `reward_std`), which the policy scripts can normalize by.
 
     python reward_model.py                         # laptop, offline: a tiny model learns which sums are right
     python reward_model.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset-name trl-lib/ultrafeedback_binarized                            # one GPU
     torchrun --nproc-per-node=8 reward_model.py ... # several GPUs: the same global batch, split by rankings
-    python reward_model.py --resume runs/<run folder> # continue exactly where the last checkpoint was written
+    python reward_model.py --resume runs/<run folder> # continue exactly from the last checkpoint
 
 Shapes: R rankings of K answers (2 in a pair), B = R K answers, N tokens or pairs, rows of L tokens, H hidden size.
 
@@ -74,27 +74,27 @@ class Args:
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
-    dataset_config: str | None = None  # configuration on the hub: main for openai/gsm8k
+    dataset_config: str | None = None  # hub configuration, such as main for openai/gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # if absent, a tenth of train is held out
+    dataset_test_split: str = "test"  # if there is no "test", a tenth of train is held out
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On with CUDA
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if there is CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
     max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # reaches 0 at the last step
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     sft_steps: int = 1200  # supervised steps that make the tiny model
 
     # ---- reward model
-    num_train_epochs: float = 1.0  # passes over the training rankings; more overfit (InstructGPT, appendix C.2)
+    num_train_epochs: float = 1.0  # passes over the rankings. More than one overfits (InstructGPT, C.2)
     max_steps: int | None = None  # optimizer steps. None: as many as --num-train-epochs takes
     eval_steps: int = 100  # steps between evaluations
     save_steps: int = 100  # steps between checkpoints
     learning_rate: float | None = None  # peak. None: 7e-4 for the tiny model, else 1e-5
     train_batch_size: int = 64  # rankings per optimizer step, over all processes
-    max_length: int = 1024  # tokens of a prompt with its answer; what is longer is cut at its end
-    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # of more than two answers
+    max_length: int = 1024  # tokens of prompt and answer. The excess is cut off the answer's end
+    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # loss of rankings of three and more
     center_rewards_coefficient: float = 0.0  # weight of the squared sum of a ranking's rewards (TRL: 0.01)
 
 
@@ -141,7 +141,7 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 518 are held out, the same for every seed; b+a goes with a+b."""
+    """The 8100 sums of two two-digit numbers. 520 are held out, the same for every seed; b+a goes with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
@@ -162,7 +162,7 @@ def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, .
 
 def demonstrate(row: dict, rng: random.Random) -> str:
     """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum at once, forgets every carry, and half the time is also off by one."""
+    writes the sum at once, forgets the carry of the units, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -203,8 +203,8 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    for split in {train, test} - {"test", *splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {split} is not one of {sorted(splits)}")
+    if unknown := {train, test} - {"test", *splits}:
+        raise ValueError(f"--dataset-train-split, --dataset-test-split: {unknown.pop()} is not one of {sorted(splits)}")
     return list(splits[train]), list(splits.get(test, ()))
 
 
@@ -320,7 +320,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt in turn.
+    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
     A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
     prompt's positions."""
     K, device = len(completions) // len(prompts), model.device
@@ -351,6 +351,7 @@ def completion_scores(model: PreTrainedModel, prompts: list[list[int]], completi
     linear head `score` share a prompt: in an encoder, the prompt attends to the completion."""
     device, K = model.device, len(completions) // len(prompts)
     if isinstance(getattr(model, "score", None), nn.Linear):
+        # The last token of a completion is no input: a dummy 0 behind it makes the last real one an input.
         states = completion_states(model, prompts, [completion + [0] for completion in completions])  # (N, H)
         last = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) - 1  # (B,)
         with torch.autocast(device.type, enabled=False):  # bf16 scores between 4 and 8 are 1/32 apart
@@ -410,7 +411,7 @@ def main(args: Args) -> dict[str, float]:
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if B < 1 or B % world_size:
-        raise ValueError(f"--train-batch-size {B} is no multiple of the number of processes, {world_size}")
+        raise ValueError(f"--train-batch-size {B} must be a multiple of the number of processes, {world_size}")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -437,7 +438,7 @@ def main(args: Args) -> dict[str, float]:
     model, tokenizer = load_classifier(initial, "--model-name-or-path")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     max_length = min(args.max_length, context, tokenizer.model_max_length)
-    make_pairs = partial(addition_pairs, count=6, seed=args.seed, errors=(-1, 1))
+    make_pairs = partial(addition_pairs, count=6, seed=0, errors=(-1, 1))
     splits = load_rows(args) if args.dataset_name else map(make_pairs, addition_rows())
     train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
@@ -532,7 +533,7 @@ def main(args: Args) -> dict[str, float]:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == total_steps):
             model.eval()
-            with torch.no_grad():  # as many training rankings as are held out, in random order
+            with torch.no_grad():  # --max-eval-samples training rankings, in random order
                 measured = forward(order[: min(args.max_eval_samples, len(train))])
                 rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (B,)
             model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()

@@ -98,6 +98,20 @@ def test_every_token_of_a_large_vocabularys_tail_can_be_drawn():
     assert torch.allclose(logprob, torch.tensor(math.log(0.001 / tail)), atol=1e-3)
 
 
+def test_no_random_number_leaves_its_chunk_or_the_vocabulary():
+    """Numbers around the borders of the chunks, where fp32 sums and fp64 ones disagree."""
+    torch.manual_seed(0)
+    logits = 8 * torch.randn(1, 1000)
+    logits[0, ::128] = -1e4  # no chunk begins with a token that can be drawn
+    logits[0, 900:] = -1e4
+    sums = (logits - logits.max()).exp()[0, :896].view(7, 128).sum(1).double()
+    borders = sums.cumsum(0) / ((logits - logits.max()).exp().sum().double())
+    steps = torch.linspace(-2e-8, 2e-8, 401, dtype=torch.float64)
+    uniform = torch.cat([(borders[:, None] + steps).flatten(), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)])
+    token, logprob = sample_tokens(logits.expand(len(uniform), -1).clone(), uniform.clamp(0, 1 - 2**-53), 1.0)
+    assert token.max() < 900 and logprob.isfinite().all()
+
+
 def test_the_samplers_random_numbers_resolve_the_tail(monkeypatch):
     """fp32 random numbers are multiples of 2**-24."""
     seen = []
