@@ -54,7 +54,7 @@ CONTROL = {
     },
     "gail": {
         "charts/episodic_return": "true return of the trajectories",
-        "eval/normalized_score": "score: 0 uniform actions, 1 expert",
+        "eval/return": "true return of the policy's mode",  # with lines of expert, BC and random
         "train/reward": "learned reward of a step",
     },
 }
@@ -126,13 +126,18 @@ def main(folders: list[Path]) -> None:
             continue
         control = CONTROL.get(picture.rpartition("_")[0])
         curves = control or CURVES.get(picture, DATASET)
-        over = "charts/env_steps" if control else "train/num_tokens" if curves is DATASET else None
+        over = "train/num_tokens" if curves is DATASET else None  # control: the step counts environment steps
         colors = {kind: f"C{i}" for i, kind in enumerate(sorted({label.split(",")[0] for label, _ in runs}))}
         figure = Figure(figsize=(11, 3), layout="constrained")
         for axes, (tag, title) in zip(figure.subplots(1, len(curves)), curves.items()):
             for label, events in sorted(runs, key=lambda run: run[0]):
                 points = curve(events, tag, over)
                 options = {"color": colors[label.split(",")[0]]} if "," in label else {}
+                if tag == "eval/return" and label == min(label for label, _ in runs):
+                    for name, style in (("expert", "-"), ("bc", "--"), ("random", ":")):
+                        if f"eval/{name}_return" in events.Tags()["scalars"]:
+                            height = events.Scalars(f"eval/{name}_return")[-1].value
+                            axes.axhline(height, color="gray", linewidth=1, linestyle=style, label=name)
                 axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else None, label=label, **options)
             unit = "environment steps" if control else "tokens, prompts included" if over else "step"
             axes.set(title=title, xlabel=unit)
