@@ -23,7 +23,7 @@ policy steps before D; the line search allows twice the KL; the value network ig
     python gail.py --env-id Acrobot-v1 --reward-form negative --num-demos 4
     python gail.py --env-id HalfCheetah-v4 --demos HalfCheetah-v4_expert.npz --num-demos 2 --total-timesteps 3000000 \\
         --num-envs 5 --learning-rate 0.001 --gradient-penalty 1 --eval-steps 50     # pip install "gymnasium[mujoco]"
-    python gail.py --resume runs/<run folder>                   # continue exactly where the last checkpoint was written
+    python gail.py --resume runs/<run folder>                   # continue exactly from the last checkpoint
 
 Shapes: T steps of N environments, B of them data (a reset is not), M demonstrated episodes, n demonstrated pairs, O
 numbers per observation, A actions (Discrete) or numbers per action (Box). `mask` (T, N) is True where a step is data.

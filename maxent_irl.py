@@ -32,7 +32,7 @@ E_model[.] becomes a sum over its samples, with importance weights w that sum to
     python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
     python maxent_irl.py --env-id CartPole-v1 --demos CartPole-v1.npz --num-demos 10 --max-steps 200
     python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9      # trains its demonstrator first
-    python maxent_irl.py --resume runs/<run folder>  # continue exactly where the last checkpoint was written
+    python maxent_irl.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
 Shapes: N environments, T steps of each, B of them data (`mask` (T, N)); O numbers per observation; n rows of
 demonstrations; M weighted segments. Tables: S states, A actions, K successors per move, H steps; policy (H, S, A).
