@@ -570,7 +570,7 @@ def main(args: Args) -> dict[str, float]:
         if (step + 1) % args.eval_steps == 0 and step + 1 < num_steps:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
-            # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
+            writer.flush()  # Written aside, then renamed: neither a kill nor a full disk damages the checkpoint.
             model.save_pretrained(run_dir / "model.tmp")
             tokenizer.save_pretrained(run_dir / "model.tmp")
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")

@@ -671,7 +671,7 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- save
         if (step + 1) % args.save_steps == 0 or step + 1 == iterations:
-            # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
+            writer.flush()  # Written aside, then renamed: neither a kill nor a full disk damages the checkpoint.
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 

@@ -37,8 +37,7 @@ E_model[.] becomes a sum over its samples, with importance weights w that sum to
 Shapes: N environments, T steps of each, B of them data (`mask` (T, N)); O numbers per observation; n rows of
 demonstrations; M weighted segments. Tables: S states, A actions, K successors per move, H steps; policy (H, S, A).
 
-Deliberately not here: images, several processes, off-policy RL in control, importance weights for demonstrations (their
-density is unknown), rewards of whole trajectories. See HumanCompatibleAI/imitation.
+Deliberately not here: images, several processes, off-policy RL, weighted demonstrations. See imitation.
 """
 
 import importlib
@@ -730,6 +729,7 @@ def main(args: Args) -> dict[str, float]:
     for step in bar:
         # ---- save aside, then rename. Also before the first step: what came before may have taken long
         if step % args.save_steps == 0 or step == max_steps:
+            writer.flush()
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if step == max_steps:

@@ -537,7 +537,7 @@ def main(args: Args) -> dict[str, float]:
                 measured = forward(order[: min(args.max_eval_samples, len(train))])
                 rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (B,)
             model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()
-            # Written aside, then renamed: neither a kill nor a full disk damages checkpoint.pt.
+            writer.flush()  # Written aside, then renamed: neither a kill nor a full disk damages the checkpoint.
             model.save_pretrained(run_dir / "model.tmp")
             tokenizer.save_pretrained(run_dir / "model.tmp")
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
