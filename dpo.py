@@ -455,9 +455,9 @@ def main(args: Args) -> dict[str, float]:
     splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, seed=0) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
-        counts = Counter(random.Random(0).sample([pair["prompt"] for pair in train], len(train)))
+        counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
         chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([p for p in train if (p["prompt"] in chosen) == side] for side in (False, True))
+        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
     held_out = held_out[: args.max_eval_samples]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
@@ -532,7 +532,7 @@ def main(args: Args) -> dict[str, float]:
         progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
     epochs = [random.Random(f"{args.seed} {e}") for e in range(num_steps * B // len(train) + 1)]
-    order = [pair for epoch in epochs for pair in epoch.sample(train, len(train))]
+    order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
     bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
     for step in bar:
         # ---- update
@@ -553,7 +553,7 @@ def main(args: Args) -> dict[str, float]:
         scheduler.step()
         optimizer.zero_grad()
 
-        # ---- log: means over the whole batch and all processes
+        # ---- log: means over the whole update and all processes
         progress["step"], means = step + 1, torch.stack([*stats.values()])  # (tags,)
         if dist.is_initialized():
             dist.all_reduce(means)

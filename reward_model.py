@@ -450,11 +450,11 @@ def main(args: Args) -> dict[str, float]:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    total_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
+    num_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
     peak_lr = (1e-5 if args.model_name_or_path else 7e-4) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     loss_flags = args.ranking_loss, args.center_rewards_coefficient
-    schedule = total_steps, args.warmup_steps, args.lr_scheduler_type
+    schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     progress = {"step": 0, "metrics": {}}
@@ -495,9 +495,9 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is None:
         progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
 
-    epochs = [random.Random(f"{args.seed} {e}") for e in range(total_steps * B // len(train) + 1)]
+    epochs = [random.Random(f"{args.seed} {e}") for e in range(num_steps * B // len(train) + 1)]
     order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
-    bar = trange(progress["step"], total_steps, initial=progress["step"], total=total_steps, disable=rank != 0)
+    bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
     for step in bar:
         # ---- update
         step_start, batch = time.time(), order[step * B : (step + 1) * B]  # the order needs no checkpoint
@@ -529,9 +529,9 @@ def main(args: Args) -> dict[str, float]:
                 writer.add_scalar(name, value, step + 1)
 
         # ---- evaluate, save
-        if (step + 1) % args.eval_steps == 0 and step + 1 < total_steps:
+        if (step + 1) % args.eval_steps == 0 and step + 1 < num_steps:
             evaluate(step + 1)
-        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == total_steps):
+        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
             model.eval()
             with torch.no_grad():  # --max-eval-samples training rankings, in random order
                 measured = forward(order[: min(args.max_eval_samples, len(train))])
@@ -545,7 +545,7 @@ def main(args: Args) -> dict[str, float]:
             os.replace(run_dir / "model.tmp", run_dir / "model")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    metrics = progress["metrics"] | evaluate(total_steps) | {"seed": args.seed}
+    metrics = progress["metrics"] | evaluate(num_steps) | {"seed": args.seed}
     metrics["wall_seconds"] = time.time() - start_time
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
