@@ -54,7 +54,8 @@ PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64  # of grpo an
 PPO_EPOCHS, PPO_MINIBATCHES = 4, 4
 PAIRS, PAIR_PROMPT_LENGTH, ANSWER_LENGTH = 8, 128, 64  # of dpo and reward
 EOS_CHANCE = 1 / 32
-LEARNING_RATE = 1e-30  # no fp32 weight feels it; 0 means "the default" to some flags
+LEARNING_RATE = 1e-10  # no weight moves visibly. 0 means "the default" to some flags; with 1e-30 the value head, zero at
+# first, would send back gradients below 1e-38, which a CPU multiplies ten times as slowly
 PHASES = ("rollout", "reward", "update", "optimizer", "other")
 
 
