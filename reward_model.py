@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
-#                 "tqdm==4.70.1"]
+#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """Reward model: learn from comparisons how good an answer is.
 
@@ -49,6 +49,7 @@ import torch.distributed as dist
 import transformers
 import tyro
 from jinja2 import TemplateError
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
@@ -478,16 +479,26 @@ def main(args: Args) -> dict[str, float]:
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        """Metrics on held-out rankings, over all their pairs."""
-        values = defaultdict(list)
+        """Metrics on held-out rankings, over all their pairs. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
+        values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums of confidence, accuracy and 1
         model.eval()
         for scores, margin, label, characters in forward(held_out[rank::world_size]):
             _, stats = preference_loss(scores, margin, label, *loss_flags)
             stats["accuracy_longer"] = preference_loss(characters, margin, label, *loss_flags)[1]["accuracy"]
             for name, x in stats.items():
                 values[f"eval/{name}"].append(x)
-        results = global_means(values)
+            confidence = stats["margin"].abs().sigmoid()  # (N,), from 0.5 to 1, in bins of width 0.1
+            sums = torch.stack([confidence, stats["accuracy"], torch.ones_like(confidence)], 1)  # (N, 3)
+            bins.index_add_(0, (confidence * 10 - 5).long().clamp(max=4), sums)
+        if dist.is_initialized():
+            dist.all_reduce(bins)
+        error = (bins[:, 0] - bins[:, 1]).abs().sum() / bins[:, 2].sum()
+        results = global_means(values) | {"eval/calibration_error": error.item()}
         if rank == 0:
+            figure = Figure(figsize=(4, 4), layout="constrained")
+            axes = figure.add_subplot(xlabel="confidence of the model", ylabel="share of pairs ranked right")
+            axes.plot([0.5, 1], [0.5, 1], "--", *(bins[:, :2] / bins[:, 2:]).T.tolist(), "o")  # empty bins are nan
+            writer.add_figure("calibration", figure, step)
             for name, value in results.items():
                 writer.add_scalar(name, value, step)
         return results

@@ -101,7 +101,12 @@ def expected(model, rows, kind="plackett_luce", center=0.0):
             values["margin"].append((s[i] - s[j]) * sign)
             values["accuracy"].append(((s[i] - s[j]).sign() * sign + 1) / 2)
             values["accuracy_longer"].append((longer.sign() * sign + 1) / 2)
-    return {name: torch.stack(x).mean() for name, x in values.items()}
+    sure = torch.tensor(values["margin"]).abs().sigmoid()
+    right = torch.tensor(values["accuracy"])
+    tenths = [(sure >= low / 10) & (sure < low / 10 + 0.1) for low in range(5, 10)]
+    gaps = [(sure[tenth].mean() - right[tenth].mean()).abs() * tenth.float().mean() for tenth in tenths if tenth.any()]
+    means = {name: torch.stack(x).mean() for name, x in values.items() if x}
+    return means | ({"calibration_error": sum(gaps)} if gaps else {})
 
 
 def check(values, expected, name):
@@ -194,7 +199,7 @@ def test_dialogues_in_hhs_format_are_scored_whole(run, template):
         rows = [[text.replace("\n\nHuman: ", "<user>").replace("\n\nAssistant: ", "<assistant>") for text in row]
                 for row in rows]  # fmt: skip
     values = expected(make_classifier(), [ranking("", *row) for row in rows])
-    del values["accuracy_longer"]
+    del values["accuracy_longer"], values["calibration_error"]
     check(result.metrics, values, "eval/{}_before")
     check({tag: x[0] for tag, x in result.tags.items()}, values, "train/{}")
 
@@ -256,7 +261,7 @@ def test_the_tags_of_a_run_are_those_computed_by_hand(run, flags):
     values = expected(model, TRAIN, *options)  # a batch is TRAIN twice
     gradient = torch.autograd.grad(values["loss"], [*model.parameters()])
     values["grad_norm"] = sum(g.square().sum() for g in gradient).sqrt()
-    del values["accuracy_longer"]
+    del values["accuracy_longer"], values["calibration_error"]
     check({tag: x[0] for tag, x in result.tags.items()}, values, "train/{}")
     check(result.metrics, expected(model, HELD_OUT, *options), "eval/{}_before")
     check(result.metrics, expected(load(result.folder / "model"), HELD_OUT, *options), "eval/{}")
