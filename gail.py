@@ -5,31 +5,30 @@
 # ///
 """GAIL: generative adversarial imitation learning of a policy from demonstrations, without their reward.
 
-A discriminator D learns to tell the policy's state-action pairs from the expert's. The policy learns by TRPO on the
-cost log D until D takes it for the expert: then it visits what the expert visits. Behavior cloning only knows the
-expert's states, and fails where its own errors take it. GAIL sees those states, because the policy acts.
+A discriminator D learns to tell the policy's state-action pairs from the expert's. The policy takes TRPO steps on the
+cost log D until D can no longer tell them apart. Behavior cloning sees only the expert's states, so its errors compound
+once it leaves them. GAIL also trains on the states that the policy's own errors lead to.
 
-    max_pi min_D  - E_pi[log D(s,a)] - E_expert[log(1 - D(s,a))] + lambda H(pi)      D = probability of "policy"
+    min_pi max_D  E_pi[log D(s,a)] + E_expert[log(1 - D(s,a))] - lambda H(pi)      D = probability of "policy"
 
 GAIL: Ho and Ermon 2016, arXiv:1606.03476. main follows its Algorithm 1: sample trajectories from resets; step D up
 E_pi[log D] + E_expert[log(1 - D)]; take one TRPO step (arXiv:1502.05477) on the cost log D of the *new* D, with lambda
-times the causal entropy; fit the value network (GAE, arXiv:1506.02438). In the help of the flags, "paper" is this
-paper, and "code" is the authors' (github.com/openai/imitation). That code differs from both paper and this file: the
-policy steps before D; the line search allows twice the KL; the value network ignores time limits.
+times the causal entropy; fit the value network for GAE (arXiv:1506.02438). In the help of the flags, "paper" is Ho and
+Ermon's, and "code" is theirs (github.com/openai/imitation). The code differs from both the paper and this file: the
+policy steps before D, the line search allows twice the KL, and a time limit counts as termination (V = 0).
 
     python gail.py                                              # laptop: CartPole, trains its own expert first
     python gail.py --demos CartPole-v1.npz --num-demos 10       # demonstrations from a file
-    python gail.py --constant-action 0 --reward-form airl       # control: is an expert that fails imitated?
+    python gail.py --constant-action 0 --reward-form airl       # control: is even a failing expert imitated?
     python gail.py --env-id Acrobot-v1 --reward-form negative --num-demos 4
     python gail.py --env-id HalfCheetah-v4 --demos HalfCheetah-v4_expert.npz --num-demos 2 --total-timesteps 3000000 \\
         --num-envs 5 --learning-rate 0.001 --gradient-penalty 1 --eval-steps 50     # pip install "gymnasium[mujoco]"
     python gail.py --resume runs/<run folder>                   # continue exactly from the last checkpoint
 
-Shapes: T steps of N environments, B of them data (a reset is not), M demonstrated episodes, n demonstrated pairs, O
-numbers per observation, A actions (Discrete) or numbers per action (Box). `mask` (T, N) is True where a step is data.
+Shapes: T steps of N environments, B of them data (the rest only reset), M demonstrated episodes, n of their pairs kept,
+O numbers per observation, A actions (Discrete) or numbers per action (Box). `mask` (T, N) is True where a step is data.
 
-Deliberately not here: images, recurrent policies, off-policy replay, PPO or SAC in place of TRPO, AIRL's shaping. See
-HumanCompatibleAI/imitation.
+Deliberately not here: images, recurrent policies, replay, PPO or SAC for TRPO, AIRL's shaping. See also imitation.
 """
 
 import importlib
@@ -69,49 +68,49 @@ class Args:
     resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- environment and demonstrations
-    env_id: str = "CartPole-v1"  # [module:]name in Gymnasium: time limit, 1-D Box obs, Discrete or bounded Box actions
-    demos: str | None = None  # .npz with obs, act, lengths, maybe rew. None: of an expert trained here by TRPO
-    num_demos: int = 1  # M: episodes to imitate, the first ones (paper: 1 to 10; MuJoCo: 4 to 25)
-    subsample: int = 20  # keep every 20th step of an episode (paper: 20 in MuJoCo; code: 10 for CartPole)
+    env_id: str = "CartPole-v1"  # [module:]name. Needs a time limit, 1-D Box obs, Discrete or bounded 1-D Box actions
+    demos: str | None = None  # .npz with obs, act, lengths, optionally rew. None: train an expert here and record it
+    num_demos: int = 1  # M: use the first M episodes (paper: 1 to 10; MuJoCo 4 to 25, Humanoid 80 to 240)
+    subsample: int = 20  # keep one step in this many, per episode (paper: 20 in MuJoCo; code: 10 for CartPole)
     expert_timesteps: int = 100_000  # environment steps of the expert's TRPO on the true reward
     constant_action: int | None = None  # the expert always takes this action. 0 on CartPole: falls after 9 steps
 
     # ---- GAIL
-    total_timesteps: int = 100_000  # environment steps
-    num_envs: int = 6  # N: environments that step together
-    num_steps: int | None = None  # T: steps per iteration, from resets. None: the time limit, so whole episodes
+    total_timesteps: int = 100_000  # environment steps, resets included, rounded up to whole iterations
+    num_envs: int = 6  # N: parallel environments
+    num_steps: int | None = None  # T: steps per environment and iteration, from a reset. None: the time limit
     eval_steps: int = 1  # iterations between evaluations
-    eval_episodes: int = 50  # episodes per evaluation, without sampling of actions (paper: 50)
+    eval_episodes: int = 50  # episodes per evaluation, with the most likely action (paper: 50)
     save_steps: int = 5  # iterations between checkpoints
     reward_form: Literal["positive", "negative", "airl"] = "positive"  # -log D (paper), log(1 - D), or their sum
-    hidden_size: int = 100  # units of each of the two tanh layers of every network (paper)
+    hidden_size: int = 100  # units in each of the two tanh layers of every network (paper)
     gamma: float = 0.995  # discount, below 1 (paper)
     gae_lambda: float = 0.97  # lambda of GAE (code)
-    ent_coef: float = 0.0  # lambda of the causal entropy (paper: 0 but for Reacher). Large: a Gaussian widens forever
-    learning_rate: float = 0.005  # of the discriminator's Adam (code: 0.01)
+    ent_coef: float = 0.0  # lambda of the causal entropy (paper: 0 except Reacher). Too large: Gaussians widen forever
+    learning_rate: float = 0.005  # learning rate of the discriminator's Adam (code: 0.01)
     discriminator_steps: int = 1  # discriminator steps per iteration, each on all pairs (paper)
-    discriminator_entropy: float = 0.001  # weight of D's entropy, which keeps D uncertain (code)
-    gradient_penalty: float = 0.0  # on D's logit (arXiv:1704.00028). MuJoCo needs it: D is soon certain
+    discriminator_entropy: float = 0.001  # entropy bonus that keeps D from becoming overconfident (code)
+    gradient_penalty: float = 0.0  # coefficient, on D's logit (arXiv:1704.00028). Needed in MuJoCo, where D saturates
 
     # ---- TRPO, its value network, behavior cloning
     max_kl: float = 0.01  # delta: limit of the mean KL(old || new) of a policy step (code)
     cg_iterations: int = 10  # iterations of conjugate gradient for the natural gradient (code)
     cg_damping: float = 0.1  # multiple of the identity added to the Fisher matrix (code)
-    fisher_states: int = 1000  # random states for the Fisher matrix (code: a tenth). Too few: steps are halved
-    line_search_steps: int = 10  # halvings of a step before the old policy is kept (code)
-    value_learning_rate: float = 1e-3  # of the value network's Adam
+    fisher_states: int = 1000  # random states for the Fisher matrix (code: 10%). Too few: more halvings of the step
+    line_search_steps: int = 10  # halvings to try before keeping the old policy (code: 10, then steps anyway)
+    value_learning_rate: float = 1e-3  # learning rate of the value network's Adam
     value_epochs: int = 5  # passes of the value network over an iteration's steps
     value_batch_size: int = 256  # steps per gradient step of the value network
-    bc_epochs: int = 1000  # passes over 70% of the pairs; the best one by the other 30% is kept (paper)
+    bc_epochs: int = 1000  # passes over 70% of the pairs; keeps the one with the best loss on the other 30% (paper)
     bc_batch_size: int = 128  # pairs per gradient step (paper)
-    bc_learning_rate: float = 1e-3  # of behavior cloning's Adam (code)
+    bc_learning_rate: float = 1e-3  # learning rate of behavior cloning's Adam (code)
     bc_warm_start: bool = False  # start GAIL's policy from the clone
 
 
 def discriminator_loss(policy_logits: Tensor, expert_logits: Tensor, entropy_coef: float = 0.0) -> tuple[Tensor, dict]:
-    """-E_pi[log D] - E_expert[log(1 - D)] - entropy_coef (E_pi[H(D)] + E_expert[H(D)]), to be minimized (Ho and Ermon,
-    eq. 17), and statistics. Inputs are logits (B,) and (n,) of D, the probability of "policy". Each side is a mean, so
-    the optimum is D = p_pi / (p_pi + p_expert) whatever B and n are. Equal distributions cost 2 log 2."""
+    """-E_pi[log D] - E_expert[log(1 - D)] (Ho and Ermon, eq. 17, negated) minus entropy_coef times D's entropy, and
+    statistics. Logits (B,) and (n,) of D, the probability of "policy". Each side is a mean of its own, so without the
+    entropy the optimum is D = p_pi / (p_pi + p_expert) for any B and n: 2 log 2 if both distributions are equal."""
     policy_loss = F.softplus(-policy_logits).mean()  # -log D, finite for any logit
     expert_loss = F.softplus(expert_logits).mean()  # -log(1 - D)
     entropy = sum((F.softplus(logits) - logits * logits.sigmoid()).mean() for logits in (policy_logits, expert_logits))
@@ -127,7 +126,7 @@ def discriminator_loss(policy_logits: Tensor, expert_logits: Tensor, entropy_coe
 def logit_gradient_penalty(
     discriminator: nn.Module, policy_pairs: Tensor, expert_pairs: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Mean of (|d logit / d pair| - 1)^2 at random points between pairs of both kinds (Gulrajani et al. 2017)."""
+    """Mean of (|d logit / d pair| - 1)^2 at random points between policy and expert pairs (Gulrajani et al. 2017)."""
     rows = torch.randint(len(expert_pairs), (len(policy_pairs),), generator=generator).to(policy_pairs.device)
     share = torch.rand(len(policy_pairs), 1, generator=generator).to(policy_pairs.device)  # (B, 1)
     between = (share * policy_pairs + (1 - share) * expert_pairs[rows]).requires_grad_()  # (B, O + A)
@@ -136,9 +135,9 @@ def logit_gradient_penalty(
 
 
 def imitation_reward(logits: Tensor, reward_form: str) -> Tensor:
-    """The policy's reward for pairs with these logits of D. It is larger for pairs that look like the expert's.
-    "positive" pays for staying alive, whoever is imitated. "negative" pays for ending, for tasks that end on success.
-    "airl" has either sign (Fu et al. 2018, arXiv:1710.11248)."""
+    """The policy's reward from D's logits, higher for pairs that look like the expert's. "positive" rewards survival
+    whatever the expert does. "negative" rewards ending the episode, which suits tasks that end on success. "airl" can
+    have either sign (Fu et al. 2018, arXiv:1710.11248)."""
     if reward_form == "positive":
         return F.softplus(-logits)  # -log D >= 0: minus the paper's cost
     return -F.softplus(logits) if reward_form == "negative" else -logits  # log(1 - D) <= 0; log(1 - D) - log D
@@ -148,9 +147,8 @@ def gae_episodic(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of generalized advantage estimation (Schulman et al. 2016, eq. 16). All are (T, N).
-    next_values are those of the observation before any reset: a truncated episode would have gone on from there, a
-    terminated one has nothing to come. No advantage looks past the end of its episode."""
+    """GAE advantages and lambda-returns (Schulman et al. 2016, eq. 16), all (T, N). next_values belong to the
+    observation before any reset: a truncated episode bootstraps from it, a terminated one does not."""
     advantages, following = torch.zeros_like(values), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
@@ -160,7 +158,7 @@ def gae_episodic(
 
 
 def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
-    """KL(old || new) (...) of the action distributions with these policy outputs."""
+    """KL(old || new) (...) of the action distributions given by policy outputs (..., A) or (..., 2A)."""
     if discrete:
         old, new = old.log_softmax(-1), new.log_softmax(-1)
         return (old.exp() * (old - new)).sum(-1)
@@ -170,8 +168,8 @@ def policy_kl(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
 
 
 def fisher_vector_product(policy: nn.Module, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """v -> (F + damping I) v for flat parameter vectors. F is the Hessian at new = old of the mean KL(old || new) over
-    observations (b, O). The KL is differentiated twice; the old distribution is a constant."""
+    """v -> (F + damping I) v for a flat parameter vector v. F is the Hessian of the mean KL(old || new) over
+    observations (b, O) at new = old, by double backpropagation."""
     parameters = list(policy.parameters())
     outputs = policy(obs)
     kl = policy_kl(outputs.detach(), outputs, policy.discrete).mean()
@@ -204,8 +202,8 @@ def trpo_step(
     cg_iterations: int, cg_damping: float, fisher_states: int, line_search_steps: int, generator: torch.Generator,
 ) -> dict[str, float]:
     """One TRPO step (Schulman et al. 2015, appendix C) on B steps, in place. Returns statistics.
-    The natural gradient of E[pi / pi_old A] is scaled to the KL limit of its quadratic model, then halved until
-    KL(old || new) <= max_kl and the surrogate has improved. If no length will do, the old parameters are restored."""
+    The natural gradient of E[(pi / pi_old) A] is scaled so that its quadratic KL is max_kl, then halved until
+    KL(old || new) <= max_kl and the surrogate improves. If no step qualifies, the old parameters are restored."""
     old_outputs = policy(obs).detach()  # (B, outputs)
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # (B,)
 
@@ -221,11 +219,11 @@ def trpo_step(
     chosen = torch.randperm(len(obs), generator=generator)[:fisher_states].to(obs.device)
     fisher = fisher_vector_product(policy, obs[chosen], cg_damping)
     direction = conjugate_gradient(fisher, gradient, cg_iterations)
-    step = direction * (2 * max_kl / (direction @ fisher(direction))).sqrt()  # KL ~ step F step / 2
+    full_step = direction * (2 * max_kl / (direction @ fisher(direction))).sqrt()  # KL ~ full_step F full_step / 2
     stats = {"losses/surrogate": 0.0, "losses/kl": 0.0, "train/step_share": 0.0}
     with torch.no_grad():
         for halvings in range(line_search_steps + 1):
-            vector_to_parameters(old_parameters + step / 2**halvings, parameters)
+            vector_to_parameters(old_parameters + full_step / 2**halvings, parameters)
             new_surrogate, kl = surrogate_and_kl()
             if kl <= max_kl and new_surrogate > surrogate:  # False if either is nan
                 gain = (new_surrogate - surrogate).item()
@@ -240,7 +238,7 @@ def fit_value(
     value: nn.Module, optimizer: torch.optim.Optimizer, obs: Tensor, targets: Tensor, epochs: int, batch_size: int,
     generator: torch.Generator,
 ) -> float:
-    """Fit the value network (B, O) -> (B, 1) to targets (B,) by least squares. Returns the mean loss on the way."""
+    """Fit the value network (B, O) -> (B, 1) to targets (B,) by least squares. Returns the mean minibatch loss."""
     losses = []
     for _ in range(epochs):
         for rows in torch.randperm(len(obs), generator=generator).to(obs.device).split(batch_size):
@@ -256,11 +254,12 @@ def clone_behavior(
     policy: nn.Module, obs: Tensor, actions: Tensor, epochs: int, batch_size: int, learning_rate: float,
     generator: torch.Generator,
 ) -> None:
-    """Maximize the likelihood of the expert's actions at 70% of obs (n, O), in place (Pomerleau 1989). The parameters
-    after the pass with the best likelihood of the other 30% are kept (paper, section 6)."""
+    """Behavior cloning in place (Pomerleau 1989): maximize the likelihood of actions at 70% of obs (n, O), then keep
+    the parameters of the pass with the best likelihood on the other 30% (paper, section 6)."""
     order = torch.randperm(len(obs), generator=generator).to(obs.device)
     count = max(1, int(0.7 * len(obs)))
-    train, held_out = order[:count], order[count:] if len(obs) > 1 else order
+    train, held_out = order[:count], order[count:]
+    held_out = held_out if len(obs) > 1 else train  # a single pair validates itself
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     best, best_parameters = -math.inf, parameters_to_vector(policy.parameters()).detach().clone()
     for _ in range(epochs):
@@ -277,19 +276,19 @@ def clone_behavior(
 
 
 def make_envs(env_id: str, num_envs: int, /, **env_kwargs) -> gymnasium.vector.VectorEnv:
-    """Environments that step together, by the environment's own vectorized code if it has any."""
+    """A vector environment: the environment's own vectorized version if it has one."""
     module, _, name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)  # registers the environment
     spec = replace(gymnasium.spec(name), disable_env_checker=True)  # the checker would test every step
     envs = gymnasium.make_vec(spec, num_envs, **env_kwargs)
     if envs.metadata.get("autoreset_mode") != gymnasium.vector.AutoresetMode.NEXT_STEP:
-        raise ValueError(f"--env-id {env_id} does not reset in the step after an episode's end, as rollout expects")
+        raise ValueError(f"--env-id {env_id}: rollout requires a vector environment with autoreset_mode NEXT_STEP")
     return envs
 
 
 def check_spaces(observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
-    """Raises ValueError for spaces that the networks cannot take."""
+    """Raise ValueError unless the networks support these spaces."""
     usable = isinstance(action_space, Discrete) and action_space.start == 0
     if isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.dtype.kind == "f":
         usable = action_space.is_bounded() and (action_space.low < action_space.high).all()
@@ -300,7 +299,7 @@ def check_spaces(observation_space: gymnasium.Space, action_space: gymnasium.Spa
 
 
 def space_actions(actions: Tensor, action_space: gymnasium.Space) -> Tensor:
-    """Actions for the environment from unit actions, which are indices (Discrete) or numbers in [-1, 1] (Box)."""
+    """Map unit actions, indices (Discrete) or numbers in [-1, 1] (Box), to the environment's actions."""
     if isinstance(action_space, Discrete):
         return actions
     low, high = torch.from_numpy(action_space.low), torch.from_numpy(action_space.high)  # (A,)
@@ -310,8 +309,8 @@ def space_actions(actions: Tensor, action_space: gymnasium.Space) -> Tensor:
 def load_demos(
     path: str | Path, num_demos: int | None, observation_space: gymnasium.Space, action_space: gymnasium.Space
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The first num_demos episodes of an .npz file (None: all): obs (n, O), unit actions (n,) or (n, A), lengths (M,).
-    Last, the mean return of all its episodes: nan if the file has no `rew`."""
+    """The first num_demos episodes of an .npz file (None: all): obs (steps, O), unit actions (steps,) or (steps, A),
+    lengths (M,). Last, the mean return of all episodes in the file (nan without `rew`)."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = ("obs", "act", "lengths", "rew") if "rew" in file else ("obs", "act", "lengths")
@@ -326,7 +325,7 @@ def load_demos(
     for name, space in (("obs", observation_space), ("act", action_space), ("rew", Box(-np.inf, np.inf, ()))):
         wanted = (int(lengths.sum()), *space.shape)
         if name in data and (data[name].shape != wanted or not np.isfinite(data[name]).all()):
-            raise ValueError(f"--demos {path}: {name} {data[name].shape} must be finite numbers of shape {wanted}")
+            raise ValueError(f"--demos {path}: {name} must be finite, of shape {wanted}; got shape {data[name].shape}")
         if isinstance(space, Discrete) and len(bad := data[name][~np.isin(data[name], range(space.n))]):
             raise ValueError(f"--demos {path}: {name} has {bad[0]:g}, which is not in {space}")
     mean_return = float(data["rew"].sum() / len(lengths)) if "rew" in data else math.nan
@@ -337,16 +336,15 @@ def load_demos(
     low, high = torch.from_numpy(action_space.low), torch.from_numpy(action_space.high)  # (A,)
     actions = ((actions - low) / (high - low) * 2 - 1).float()  # the inverse of space_actions
     if (share := (actions.abs() > 1 + 1e-4).float().mean()) > 0:  # drawn by a Gaussian policy
-        print(f"--demos {path}: {share:.0%} of act are outside of {action_space} and are clipped to it")
+        print(f"--demos {path}: {share:.0%} of action values lie outside {action_space}; clipped")
     return obs, actions.clamp(-1, 1), lengths, mean_return
 
 
 def subsample_demos(lengths: Tensor, every: int, generator: torch.Generator) -> Tensor:
-    """Lengths (M,) -> mask (n,) of one in `every` steps of each episode, from a random first one. Neighbors are almost
-    equal, so they count once, and each episode is covered. Each keeps at least one step."""
+    """One step in `every` of each episode, from a random offset: lengths (M,) -> mask (steps,)."""
     first = (torch.rand(len(lengths), generator=generator) * lengths.clamp(max=every)).long()  # (M,)
-    step = torch.cat([torch.arange(-f, length - f) for f, length in zip(first.tolist(), lengths.tolist())])  # (n,)
-    return (step >= 0) & (step % every == 0)
+    t = torch.cat([torch.arange(-f, length - f) for f, length in zip(first.tolist(), lengths.tolist())])  # (steps,)
+    return (t >= 0) & (t % every == 0)
 
 
 def mlp(inputs: int, outputs: int, hidden_size: int, scale: float) -> nn.Sequential:
@@ -372,7 +370,7 @@ class Policy(nn.Module):
         return outputs if self.discrete else torch.cat([outputs, self.log_std.expand_as(outputs)], -1)  # (..., 2A)
 
     def select(self, outputs: Tensor, mode: str, generator: torch.Generator | None) -> Tensor:
-        """Actions "sample"d from the policy, its mode ("greedy"), or "uniform": indices (N,) or unclipped (N, A)."""
+        """Actions by mode: "sample", "greedy" (most likely) or "uniform". Indices (N,) or unclipped numbers (N, A)."""
         if self.discrete:
             if mode == "greedy":
                 return outputs.argmax(-1)
@@ -384,11 +382,11 @@ class Policy(nn.Module):
         return mean + log_std.exp() * torch.randn(mean.shape, generator=generator) if mode == "sample" else mean
 
     def unit(self, actions: Tensor) -> Tensor:
-        """Selected actions -> unit actions: indices stay, others are clipped to [-1, 1]."""
+        """Unit actions: selected Box actions are clipped to [-1, 1]; indices stay."""
         return actions if self.discrete else actions.clamp(-1, 1)
 
     def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        """log pi(a|s) (...) of selected actions: indices (...), or (..., A) before they are clipped."""
+        """log pi(a|s) (...) of indices (...) or Box actions (..., A)."""
         if self.discrete:
             return outputs.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
         mean, log_std = outputs.chunk(2, -1)
@@ -396,13 +394,13 @@ class Policy(nn.Module):
 
 
 def normalize(obs: Tensor, mean_std: Tensor) -> Tensor:
-    """Observations (..., O) by their mean and standard deviation (2, O), which all networks share."""
-    return ((obs - mean_std[0]) / mean_std[1]).clamp(-10, 10).float()  # the range of OpenAI's baselines
+    """Normalize observations (..., O) by the mean and standard deviation (2, O) that all networks share."""
+    return ((obs - mean_std[0]) / mean_std[1]).clamp(-10, 10).float()  # the clip range of OpenAI Baselines
 
 
 def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
-    """Mean and standard deviation (2, O) of observations (n, O) and (m, O), either kind with half of the weight. The
-    expert's alone hardly vary where it is good (a pole's angle), so those of uniform actions count as much."""
+    """Mean and standard deviation (2, O) of observations (n, O) and (m, O), with half the weight on each set. A good
+    expert's alone barely vary (a pole's angle), so those of a uniform policy count equally."""
     moments = [torch.stack([x.mean(0), x.square().mean(0)]) for x in (expert_obs.double(), uniform_obs.double())]
     mean, square = (moments[0] + moments[1]) / 2  # (O,), (O,)
     return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
@@ -410,7 +408,7 @@ def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
 
 def pair_features(obs: Tensor, actions: Tensor, action_space: gymnasium.Space) -> Tensor:
     """State-action pairs (..., O + A) from normalized observations and unit actions. Indices become one-hot vectors.
-    Actions are those that the environment takes: unclipped ones would tell the policy from the expert."""
+    Unit actions, as the environment takes them: unclipped ones would give the policy away."""
     actions = F.one_hot(actions, int(action_space.n)) if isinstance(action_space, Discrete) else actions  # (..., A)
     return torch.cat([obs, actions.float()], -1)
 
@@ -420,12 +418,12 @@ def rollout(
     envs: gymnasium.vector.VectorEnv, policy: nn.Module, mean_std: Tensor, steps: int, seed: int, mode: str,
     one_episode: bool = False,
 ) -> dict[str, Tensor]:
-    """T steps of N environments. All randomness comes from the seed, nothing from earlier calls. Raw obs (T+1, N, O);
-    actions (T, N) or (T, N, A) as selected; their logprobs, true rewards, mask, terminated and truncated (T, N).
-    obs[t+1] is what step t led to: at the end of an episode its last observation, before any reset.
-    In the step after an end, Gymnasium resets and ignores the action: mask is False. An episode that is cut off after
-    T steps is truncated. one_episode: only each environment's first episode is data; stops when all have ended."""
-    generator, alive = torch.Generator().manual_seed(seed), np.ones(envs.num_envs, dtype=bool)
+    """T steps of N environments, reproducible from the seed alone. Raw obs (T+1, N, O); actions (T, N) or (T, N, A) as
+    selected; their logprobs, true rewards, mask, terminated and truncated (T, N).
+    obs[t+1] is what step t led to; at the end of an episode, its final observation, before the reset.
+    The step after an end only resets and ignores the action, so its mask is False. Episodes still running after T
+    steps are truncated. one_episode: only each environment's first episode is data; stops when all have ended."""
+    generator, is_data = torch.Generator().manual_seed(seed), np.ones(envs.num_envs, dtype=bool)
     all_obs, columns = [torch.tensor(envs.reset(seed=seed)[0], dtype=torch.float32)], []
     for t in range(steps):
         outputs = policy(normalize(all_obs[-1].to(mean_std.device), mean_std)).cpu()  # (N, outputs)
@@ -435,13 +433,13 @@ def rollout(
         if not np.isfinite(obs).all():
             raise ValueError(f"--env-id: an observation is not finite in step {t + 1} of a rollout")
         all_obs.append(torch.tensor(obs, dtype=torch.float32))
-        others = (torch.from_numpy(x.copy()) for x in (rewards, alive, terminated, truncated))  # (N,) each
+        others = (torch.from_numpy(x.copy()) for x in (rewards, is_data, terminated, truncated))  # (N,) each
         columns.append((outputs, actions, *others))
-        alive = ~(terminated | truncated) & (alive | (not one_episode))
-        if one_episode and not alive.any():
+        is_data = ~(terminated | truncated) & (is_data | (not one_episode))
+        if one_episode and not is_data.any():
             break
     outputs, actions, rewards, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (T, N, ...)
-    truncated[-1] |= ~terminated[-1]
+    truncated[-1] |= ~terminated[-1]  # still running after T steps
     batch = {
         "obs": torch.stack(all_obs), "actions": actions, "logprobs": policy.logprobs(outputs, actions),
         "rewards": rewards.float(), "mask": mask, "terminated": terminated, "truncated": truncated,
@@ -461,11 +459,11 @@ def write_demos(path: Path, batch: dict[str, Tensor], policy: nn.Module, action_
     taken = space_actions(policy.unit(batch["actions"]), action_space)  # (T, N) or (T, N, A)
     columns = {"obs": batch["obs"][:-1], "act": taken, "rew": batch["rewards"], "terminal": batch["terminated"]}
     mask = batch["mask"].t()  # (N, T)
-    columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}  # (n, ...), by episode
+    columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}  # (steps, ...), by episode
     np.savez(path, lengths=mask.sum(1).numpy(), **columns)
 
 
-# Offsets of seeds. Those of training's episodes start at 0. Each --seed has 10**9 seeds of its own.
+# Seed offsets; training rollouts start at 0. Each --seed owns a block of 10**9 seeds.
 EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS, UPDATE_SEEDS = (k * 10**8 for k in range(1, 6))
 
 
@@ -512,16 +510,18 @@ def main(args: Args) -> dict[str, float]:
         raise ValueError("--device cuda: torch sees no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if not 0 <= args.gamma < 1:
-        raise ValueError(f"--gamma {args.gamma} must be below 1: the value network learns (1 - gamma) V")
+        raise ValueError(f"--gamma {args.gamma} must be below 1, not negative: the value network learns (1 - gamma) V")
+    if min(args.num_demos, args.subsample, args.eval_steps, args.save_steps) < 1:
+        raise ValueError("--num-demos, --subsample, --eval-steps and --save-steps must be at least 1")
     envs, eval_envs = make_envs(args.env_id, args.num_envs), make_envs(args.env_id, args.eval_episodes)
     observation_space, action_space = envs.single_observation_space, envs.single_action_space
     check_spaces(observation_space, action_space)
     O, A = flatdim(observation_space), flatdim(action_space)
     episode_steps = envs.spec.max_episode_steps
     if episode_steps is None:
-        raise ValueError(f"--env-id {args.env_id} has no time limit: a rollout would not end")
+        raise ValueError(f"--env-id {args.env_id} has no time limit, so an episode may never end")
     if args.constant_action is not None and (args.demos or not action_space.contains(args.constant_action)):
-        raise ValueError(f"--constant-action {args.constant_action} must be in {action_space}, without --demos")
+        raise ValueError(f"--constant-action {args.constant_action} must be in {action_space}, and excludes --demos")
     if args.demos is not None:
         demos = load_demos(args.demos, args.num_demos, observation_space, action_space)
     num_steps = args.num_steps or episode_steps
@@ -529,7 +529,7 @@ def main(args: Args) -> dict[str, float]:
     task = args.env_id.replace(":", "-").replace("/", "-")
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(start_time)}")
     print(run_dir)
-    torch.manual_seed(args.seed)  # of the initial weights. Everything else has generators: no state to save
+    torch.manual_seed(args.seed)  # for the initial weights only; all other randomness has generators of its own
     first_seed = args.seed * 10**9
     policy, clone = (Policy(O, action_space, args.hidden_size).to(device) for _ in range(2))
     value = mlp(O, 1, args.hidden_size, 0.01).to(device)
@@ -538,8 +538,8 @@ def main(args: Args) -> dict[str, float]:
     value_optimizer = torch.optim.Adam(value.parameters(), lr=args.value_learning_rate)
     state = {"policy": policy, "value": value, "discriminator": discriminator}
     state |= {"optimizer": optimizer, "value_optimizer": value_optimizer}
-    never = {"env_steps_to_0.95": None, "cpu_seconds_to_0.95": None}
-    progress = {"step": 0, "metrics": {"env_steps": 0, "cpu_seconds": 0.0, **never}}
+    not_reached = {"env_steps_to_0.95": None, "cpu_seconds_to_0.95": None}
+    progress = {"step": 0, "metrics": {"env_steps": 0, "cpu_seconds": 0.0, **not_reached}}
     progress["mean_std"] = torch.tensor([[0.0] * O, [1.0] * O])
     if checkpoint is not None:
         progress = {name: checkpoint[name] for name in progress}
@@ -550,9 +550,9 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is None:
         (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
 
-    def play(envs: gymnasium.vector.VectorEnv, policy: Policy, mode: str, seeds: int) -> dict[str, Tensor]:
-        """One whole episode per environment, the same in each call with these seeds."""
-        return rollout(envs, policy, mean_std, episode_steps, first_seed + seeds, mode, one_episode=True)
+    def play(envs: gymnasium.vector.VectorEnv, policy: Policy, mode: str, seed_offset: int) -> dict[str, Tensor]:
+        """Each environment's first episode. Observations are normalized by the current mean_std."""
+        return rollout(envs, policy, mean_std, episode_steps, first_seed + seed_offset, mode, one_episode=True)
 
     # ---- demonstrations
     if checkpoint is None:
@@ -563,8 +563,7 @@ def main(args: Args) -> dict[str, float]:
         mean_std = observation_mean_std(uniform_obs, uniform_obs)
         expert = Policy(O, action_space, args.hidden_size).to(device)
         if args.constant_action is None:
-            expert_value = mlp(O, 1, args.hidden_size, 0.01).to(device)
-            trpo_expert(envs, expert, expert_value, mean_std, num_steps, args)
+            trpo_expert(envs, expert, mlp(O, 1, args.hidden_size, 0.01).to(device), mean_std, num_steps, args)
         else:
             expert.net[-1].weight.data.zero_()
             expert.net[-1].bias.data = 100 * F.one_hot(torch.tensor(args.constant_action), A).float().to(device)
@@ -574,13 +573,12 @@ def main(args: Args) -> dict[str, float]:
     if args.demos is None:
         demos = load_demos(run_dir / "demos.npz", args.num_demos, observation_space, action_space)
     expert_obs, expert_actions, lengths, metrics["eval/expert_return"] = demos
-    kept = subsample_demos(lengths, args.subsample, torch.Generator().manual_seed(args.seed))  # (all,)
+    kept = subsample_demos(lengths, args.subsample, torch.Generator().manual_seed(args.seed))  # (steps,)
     expert_obs, expert_actions = expert_obs[kept].to(device), expert_actions[kept].to(device)  # (n, O), (n, ...)
 
     # ---- normalizer, behavior cloning
     if checkpoint is None:
-        # Fixed before training: a running normalizer would change the policy beside TRPO's steps and their KL.
-        mean_std = progress["mean_std"] = observation_mean_std(expert_obs, uniform_obs)
+        mean_std = progress["mean_std"] = observation_mean_std(expert_obs, uniform_obs)  # fixed, as the KL limit needs
         clone_behavior(
             clone, normalize(expert_obs, mean_std), expert_actions, args.bc_epochs, args.bc_batch_size,
             args.bc_learning_rate, torch.Generator().manual_seed(args.seed),
@@ -589,9 +587,9 @@ def main(args: Args) -> dict[str, float]:
         if args.bc_warm_start:
             policy.load_state_dict(clone.state_dict())
     expert_pairs = pair_features(normalize(expert_obs, mean_std), expert_actions, action_space)  # (n, O + A)
-    lines = {f"eval/{name}_return": metrics[f"eval/{name}_return"] for name in ("random", "bc", "expert")}
-    random_return, bc_return, expert_return = lines.values()
-    writer.add_custom_scalars({"eval": {"return": ["Multiline", ["eval/return", *lines]]}})  # lines in one chart
+    baselines = {f"eval/{name}_return": metrics[f"eval/{name}_return"] for name in ("random", "bc", "expert")}
+    random_return, bc_return, expert_return = baselines.values()
+    writer.add_custom_scalars({"eval": {"return": ["Multiline", ["eval/return", *baselines]]}})  # in one chart
 
     bar = trange(progress["step"], iterations, initial=progress["step"], total=iterations, desc="gail")
     for step in bar:
@@ -603,8 +601,8 @@ def main(args: Args) -> dict[str, float]:
         obs, actions, logprobs = all_obs[:-1][mask], batch["actions"][mask], batch["logprobs"][mask]  # (B, ...)
 
         # ---- discriminator: D_i to D_i+1, up E_pi[log D] + E_expert[log(1 - D)]
-        policy_pairs, stats = pair_features(obs, policy.unit(actions), action_space), defaultdict(float)  # (B, O + A)
-        generator = torch.Generator().manual_seed(seed + UPDATE_SEEDS)
+        policy_pairs = pair_features(obs, policy.unit(actions), action_space)  # (B, O + A)
+        stats, generator = defaultdict(float), torch.Generator().manual_seed(seed + UPDATE_SEEDS)
         for _ in range(args.discriminator_steps):
             logits = discriminator(torch.cat([policy_pairs, expert_pairs]))[:, 0]  # (B + n,)
             loss, d_stats = discriminator_loss(logits[: len(obs)], logits[len(obs) :], args.discriminator_entropy)
@@ -620,7 +618,7 @@ def main(args: Args) -> dict[str, float]:
             for name, x in {**d_stats, "losses/gradient_penalty": penalty.detach()}.items():
                 stats[name] += x.item() / args.discriminator_steps
 
-        # ---- reward: by the new D. lambda times the causal entropy enters it, and so is inside Q
+        # ---- reward: from the new D, with lambda times the causal entropy as a bonus on every step
         rewards = torch.zeros_like(batch["rewards"])  # (T, N)
         with torch.no_grad():
             learned = imitation_reward(discriminator(policy_pairs)[:, 0], args.reward_form)  # (B,)
@@ -638,9 +636,11 @@ def main(args: Args) -> dict[str, float]:
             args.fisher_states, args.line_search_steps, generator,
         )
 
-        # ---- update the value network: only now, so that no advantage has seen its own return
-        value_flags = args.value_epochs, args.value_batch_size, generator
-        value_loss = fit_value(value, value_optimizer, obs, returns * (1 - args.gamma), *value_flags)
+        # ---- update the value network: after the advantages, which must not have seen their own returns
+        passes = args.value_epochs, args.value_batch_size, generator
+        value_loss = fit_value(value, value_optimizer, obs, returns * (1 - args.gamma), *passes)
+        if not math.isfinite(value_loss):
+            raise ValueError(f"the value loss is {value_loss}: is --value-learning-rate too large?")
 
         # ---- log
         progress["step"] = step + 1
@@ -656,16 +656,16 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- evaluate
         if (step + 1) % args.eval_steps == 0 or step + 1 == iterations:
-            final_return, _ = mean_return_and_length(play(eval_envs, policy, "greedy", EVAL_SEEDS))
-            score = (final_return - random_return) / (expert_return - random_return or math.nan)
-            metrics |= {"eval/return": final_return, "eval/normalized_score": score}
+            eval_return, _ = mean_return_and_length(play(eval_envs, policy, "greedy", EVAL_SEEDS))
+            score = (eval_return - random_return) / (expert_return - random_return or math.nan)
+            metrics |= {"eval/return": eval_return, "eval/normalized_score": score}
             if not score >= 0.95:
-                metrics |= never
-            elif metrics["env_steps_to_0.95"] is None:  # for good, unless a later score is lower
+                metrics |= not_reached
+            elif metrics["env_steps_to_0.95"] is None:  # the first score of an unbroken streak up to now
                 metrics |= {f"{name}_to_0.95": metrics[name] for name in ("env_steps", "cpu_seconds")}
-            logs |= {"eval/return": final_return, "eval/normalized_score": score, **lines}
+            logs |= {"eval/return": eval_return, "eval/normalized_score": score, **baselines}
         for name, x in logs.items():
-            if not math.isnan(x):  # unknown without rewards in --demos
+            if not math.isnan(x):  # the expert's return, and so the score, may be unknown
                 writer.add_scalar(name, x, metrics["env_steps"])
         bar.set_postfix_str(f"return {episodic_return:.1f}, expert {expert_return:.1f}".replace("nan", "unknown"))
 

@@ -5,28 +5,28 @@
 # ///
 """Maximum-entropy inverse RL: recover a reward from demonstrations.
 
-The model shows a trajectory tau with a probability proportional to exp(r_psi(tau)). The demonstrations' likelihood is
-largest if the model visits what they visit. The model's visits are computed by dynamic programming, or estimated from
-samples of a policy that is trained beside the reward, by RL on r_psi - log pi (temperature 1).
+The model generates a trajectory tau with probability proportional to exp(r_psi(tau)). The demonstrations are most
+likely when the model's expected visits match theirs. Those visits are computed by dynamic programming, or estimated
+from samples of a policy trained alongside the reward by RL on r_psi - log pi (temperature 1).
 
     max_psi E_demos[r_psi(tau)] - log Z(psi),     gradient = E_demos[grad r_psi] - E_model[grad r_psi]
 
-There are two such models. They agree if the dynamics are deterministic, there is one start state, and gamma is 1:
+There are two such models. They coincide if dynamics are deterministic, the start state is fixed, and gamma is 1:
 
-    non-causal  p(tau) ~ d(s_0) prod_t P(s_t+1|s_t,a_t) exp(r(tau)). It makes luck more likely, so no policy may be like
-                it. `log_partition`. Ziebart et al. 2008, AAAI
-    causal      p(tau) = d(s_0) prod_t P(s_t+1|s_t,a_t) pi(a_t|s_t), pi = exp(Q - V), V = logsumexp_a Q; log Z = V(s_0).
-                `soft_value_iteration`, the demonstrator, every evaluation. Ziebart et al. 2010, ICML
+    non-causal  p(tau) ~ d(s_0) prod_t P(s_t+1|s_t,a_t) exp(r(tau)), up to Z. Reweights start states and dynamics toward
+                luck, which no policy can do. Ziebart et al. 2008, AAAI. `log_partition`
+    causal      p(tau) = d(s_0) prod_t P(s_t+1|s_t,a_t) pi(a_t|s_t), pi = exp(Q - V), V = logsumexp_a Q; log Z = E_d[V].
+                Ziebart et al. 2010, ICML. `soft_value_iteration`, the demonstrator, every evaluation
 
---estimator exact fits the causal model of a table by L-BFGS. --estimator sampled is Guided Cost Learning (Finn, Levine
-and Abbeel 2016, arXiv:1603.00448), with a policy that learns by soft Q-learning (tables) or PPO (arXiv:1707.06347).
-E_model[.] becomes a sum over its samples, with importance weights w that sum to 1:
+--estimator exact fits the causal model of a table by L-BFGS. --estimator sampled follows Guided Cost Learning (Finn et
+al. 2016, arXiv:1603.00448), without demonstrations in the samples; its policy learns by soft Q-iteration on observed
+counts (tables) or PPO (arXiv:1707.06347). E_model[.] becomes a sum over samples with weights w that sum to 1:
 
-    tables      log w = r(tau) - sum_t log pi(a_t|s_t), of whole trajectories, aims at the non-causal model.
-    control     log w = sum_t [r + gamma V(s_t+1) - V(s_t) - log pi(a_t|s_t)], of segments, V the critic, aims at the
-                policy exp(r + gamma V(s_t+1) - V(s_t)) from the states where the sampled segments start. Subtracting
-                V(start) makes this another target: the formula for tables would also reweight start states. At the
-                soft-optimal policy, deterministic dynamics give equal weights (path consistency, arXiv:1702.08892).
+    tables      log w = r(tau) - sum_t log pi(a_t|s_t) per trajectory. Target: the non-causal model.
+    control     log w = sum_t [r + gamma V(s_t+1) - V(s_t) - log pi(a_t|s_t)] per segment, V the critic. Target:
+                p(segment) ~ p(start) prod_t P(s_t+1|s_t,a_t) exp(r + gamma V(s_t+1) - V(s_t)). With deterministic
+                dynamics and the soft-optimal V, that is the soft-optimal policy from the sampled starts; its samples
+                get equal weights (path consistency, arXiv:1702.08892). Without -V, starts would be reweighted too.
 
     python maxent_irl.py                             # laptop: the lecture's grid, both estimators
     python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
@@ -34,8 +34,8 @@ E_model[.] becomes a sum over its samples, with importance weights w that sum to
     python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9      # trains its demonstrator first
     python maxent_irl.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
-Shapes: N environments, T steps of each, B of them data (`mask` (T, N)); O numbers per observation; n rows of
-demonstrations; M weighted segments. Tables: S states, A actions, K successors per move, H steps; policy (H, S, A).
+Shapes: N environments, T steps each, B valid steps in all (`mask` (T, N)), b per minibatch; O observation features;
+n demonstration steps; M weighted segments; A actions (or Box dimensions). Tables: S states, K successors, H steps.
 
 Deliberately not here: images, several processes, off-policy RL, weighted demonstrations. See imitation.
 """
@@ -65,7 +65,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 
-DEFAULTS = {  # what None stands for in Args: with a table, and in control
+DEFAULTS = {  # what None means in Args: (with a table, in control)
     "estimator": ("both", "sampled"), "reward_inputs": ("next_state", "state_action"), "gamma": (1.0, 0.99),
     "reward_l2": (0.0, 0.01), "learning_rate": (0.8, 1e-3), "num_trajectories": (512, 16),
 }
@@ -83,39 +83,39 @@ class Args:
     resume: str | None = None  # run folder to continue, with that run's flags and no others
 
     # ---- environment and demonstrations
-    env_id: str | None = None  # with a table (env.unwrapped.P), or 1-D Box observations. None: the lecture's grid
-    env_kwargs: str = "{}"  # its keyword arguments as JSON. The lecture's grid takes slip
-    horizon: int | None = None  # H, steps per episode. None: the time limit; 10 in the lecture's grid
-    demos: str | None = None  # .npz with obs, act, lengths, maybe rew. None: of a max-ent policy made here
-    num_demos: int | None = None  # the first ones. None: a file's, or 10; with a table, the exact visits
-    reward_scale: float = 1.0  # of the true reward, for the demonstrator made here. Its temperature is 1
-    expert_steps: int = 150  # control: policy steps that train the demonstrator
-    transfer: str | None = None  # tables: other --env-kwargs, under which the reward is evaluated too
+    env_id: str | None = None  # needs a table (env.unwrapped.P) or 1-D Box observations. None: the lecture's grid
+    env_kwargs: str = "{}"  # keyword arguments as JSON. The lecture's grid accepts slip
+    horizon: int | None = None  # H, maximum steps per episode. None: the time limit (lecture's grid: 10)
+    demos: str | None = None  # .npz of obs, act, lengths, optionally rew. None: sample a max-ent policy
+    num_demos: int | None = None  # use the first n. None: all of --demos; else 10, or a table's exact visits
+    reward_scale: float = 1.0  # multiplies the true reward of the generated demonstrator (temperature 1)
+    expert_steps: int = 150  # control: policy updates to train the demonstrator
+    transfer: str | None = None  # tables: JSON overriding --env-kwargs; also evaluate the reward there
 
-    # ---- maximum-entropy inverse RL. None: see "table" and "control"
+    # ---- maximum-entropy inverse RL. None: the default given for "table" or "control"
     estimator: Literal["exact", "sampled", "both"] | None = None  # table: both. control: sampled
     gamma: float | None = None  # discount of values; in tables, of visits too. table: 1. control: 0.99
-    reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # table: next_state. control: the first
-    reward_model: Literal["linear", "neural"] = "neural"  # control only. In tables, each state has its number
-    reward_l2: float | None = None  # weight of the squared rewards of an episode. table: 0. control: 0.01
-    learning_rate: float | None = None  # peak, of the reward's Adam. table: 0.8. control: 1e-3
-    num_trajectories: int | None = None  # N, per step. table: 512. control: 16
-    max_steps: int = 300  # sampled: trajectories, a reward step and a policy step each
+    reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # next_state; control: state_action
+    reward_model: Literal["linear", "neural"] = "neural"  # control only; a table's reward is tabular
+    reward_l2: float | None = None  # sampled: weight of each episode's squared rewards. table: 0. control: 0.01
+    learning_rate: float | None = None  # sampled: the reward's Adam, decays to 0. table: 0.8. control: 1e-3
+    num_trajectories: int | None = None  # sampled: N per iteration. table: 512. control: 16
+    max_steps: int = 300  # sampled: iterations of rollout, reward step, policy step
     save_steps: int = 50  # steps between checkpoints
-    exact_tolerance: float = 1e-4  # exact: stop if the demonstrated visits are met to this accuracy
-    exact_steps: int = 50  # exact: at most this many times 20 iterations of L-BFGS
+    exact_tolerance: float = 1e-4  # exact: stop once visits match the demonstrations this closely
+    exact_steps: int = 50  # exact: maximum number of L-BFGS calls, 20 iterations each
     soft_q_rate: float = 0.5  # tables: step size of soft Q-learning
-    segment_length: int = 10  # control: steps per weighted segment. The horizon: whole episodes
+    segment_length: int = 10  # control: steps per weighted segment; = horizon for whole episodes
 
     # ---- control: actor and critic
     eval_episodes: int = 50  # episodes per evaluation, with sampled actions
-    hidden_size: int = 64  # units of both hidden layers of each network
-    policy_learning_rate: float = 1e-3  # peak, of the Adam of actor and critic
+    hidden_size: int = 64  # units in each of a network's two hidden layers
+    policy_learning_rate: float = 1e-3  # Adam for actor and critic, decays to 0 (demonstrator: constant)
     gae_lambda: float = 0.95  # lambda of GAE (arXiv:1506.02438)
     update_epochs: int = 5  # passes over the trajectories per policy step
     minibatch_size: int = 512  # environment steps per gradient step
     epsilon: float = 0.2  # the ratio is clipped to 1 +- epsilon
-    max_grad_norm: float = 0.5  # global norm to which gradients are clipped
+    max_grad_norm: float = 0.5  # clips the global gradient norm of actor and critic
 
 
 def as_matrix(transition: Tensor) -> Tensor:
@@ -126,8 +126,8 @@ def as_matrix(transition: Tensor) -> Tensor:
 
 
 def successors(transition: Tensor) -> tuple[Tensor, Tensor]:
-    """The next states of each move and their log-probabilities, both (S*A, K), padded with probability 0. The last
-    column is the end of the episode, state S. It has the probability that the move's row lacks."""
+    """Next states of each (s, a) and their log-probabilities, both (S*A, K), padded with probability 0. The last column
+    is state S, the end of the episode, which gets the probability missing from the row."""
     matrix = as_matrix(transition).to_dense()  # (S*A, S)
     probabilities, states = matrix.topk(int((matrix > 0).sum(1).max()), 1)  # (S*A, K-1)
     end = 1 - matrix.sum(1, keepdim=True)  # (S*A, 1)
@@ -136,8 +136,8 @@ def successors(transition: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ended_states(reward: Tensor, transition: Tensor) -> Tensor:
-    """(S, 1), True where no action leaves the state and none has a reward: the episode has ended. A reward of -log A
-    there cancels the entropy that logsumexp would count for the choice between actions."""
+    """Mask (S, 1) of absorbing states without reward, where the episode has ended. Setting their reward to -log A
+    cancels the entropy that logsumexp would credit for choosing among their actions."""
     S, A = reward.shape
     matrix = as_matrix(transition).to_sparse_coo().coalesce()
     rows, columns = matrix.indices()
@@ -151,9 +151,9 @@ def soft_value_iteration(
 ) -> tuple[Tensor, Tensor]:
     """Policy (H, S, A) and values (H+1, S) of the causal model, in logarithms: Q_t = r + gamma P V_t+1, V_t =
     logsumexp_a Q_t, pi_t = exp(Q_t - V_t), V_H = 0 (Ziebart et al. 2010).
-    reward (S, A); transition (S, A, S) or sparse (S*A, S). A row may sum to less than 1: the rest ends the episode. An
-    ended state may also be in the table: `ended` (S, 1) marks those. None: they are found by `ended_states`, which is
-    right for a true reward. A learned one may be 0 by chance."""
+    reward (S, A); transition (S, A, S) or sparse (S*A, S). If a row sums to less than 1, the rest ends the episode.
+    `ended` (S, 1) marks absorbing end states kept in the table. None: infer them with `ended_states`, which is only
+    safe for a true reward; a learned reward may happen to be 0."""
     S, A = reward.shape
     matrix = as_matrix(transition)  # (S*A, S)
     ended = ended_states(reward, transition) if ended is None else ended
@@ -194,7 +194,7 @@ def log_partition(
 
 def importance_weights(returns: Tensor, logprobs: Tensor) -> Tensor:
     """Self-normalized weights (N,) of trajectories (or segments) that a policy drew with these log-probabilities (N,),
-    summed over time: softmax_j(r(tau_j) - log pi(tau_j)). The dynamics cancel, and so does a constant in the reward."""
+    summed over time: softmax_j(r(tau_j) - log pi(tau_j)). The dynamics cancel, as does a constant in the returns."""
     weights = (returns.double() - logprobs.double()).softmax(0)  # fp32 would round sums of 1e4 to 1e-3
     return weights.to(torch.promote_types(returns.dtype, torch.float32))
 
@@ -203,9 +203,8 @@ def gae_episodic(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of generalized advantage estimation (Schulman et al. 2016, eq. 16). All are (T, N).
-    next_values are those of the observation before any reset: a truncated episode would have gone on from there, a
-    terminated one has nothing to come. No advantage looks past the end of its episode."""
+    """GAE advantages and lambda-returns (Schulman et al. 2016, eq. 16), all (T, N). next_values belong to the
+    observation before any reset: a truncated episode bootstraps from it, a terminated one does not."""
     advantages, following = torch.zeros_like(values), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
@@ -217,7 +216,7 @@ def gae_episodic(
 def actor_critic_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, returns: Tensor, epsilon: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped policy loss plus half the squared error of the values, all (b,). The rewards hold the entropy."""
+    """PPO's clipped policy loss plus half the squared error of the values, all (b,). The rewards include -log pi."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
@@ -260,17 +259,17 @@ def fit_exact(
     return loss, gap
 
 
-LECTURE_GRID = "C.B." "..T." "...." "...M"  # the cat's start, a broom, a bathtub, a piece of meat
-LECTURE_REWARDS = {"M": 100.0, "B": -1.0, "T": -10.0}  # on arrival; the meat ends the episode
+LECTURE_GRID = "C.B." "..T." "...." "...M"  # the cat starts; rewards are paid on arrival; the meat ends the episode
+LECTURE_CELLS = {".": ("", 0.0), "C": ("cat", 0.0), "B": ("broom", -1.0), "T": ("bathtub", -10.0), "M": ("meat", 100.0)}
 
 
 def lecture_moves(slip: float = 0.0) -> dict:
     """The lecture's grid in Gymnasium's form: P[state][action] = [(probability, next state, reward, end), ...]. Moves
-    are left, right, up, down; with probability slip, any of the four. A move that would leave the grid stays."""
+    are left, right, up, down; with probability slip, any of the four. Moves off the grid stay put."""
     moves: dict = {}
     for s in range(16):
         reached = [s - (s % 4 > 0), s + (s % 4 < 3), s - 4 * (s >= 4), s + 4 * (s < 12)]
-        ends = [(s2, LECTURE_REWARDS.get(LECTURE_GRID[s2], 0.0), LECTURE_GRID[s2] == "M") for s2 in reached]
+        ends = [(s2, LECTURE_CELLS[LECTURE_GRID[s2]][1], LECTURE_GRID[s2] == "M") for s2 in reached]
         moves[s] = {a: [(slip / 4 + (1 - slip) * (a == b), *end) for b, end in enumerate(ends)] for a in range(4)}
     return moves
 
@@ -292,7 +291,7 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
     going_on = probabilities * ~(ends | ended[columns, 0])
     transition = torch.zeros_like(arrival).index_put_((rows, columns), going_on, accumulate=True)
     table = {"transition": transition, "arrival": arrival, "reward": reward, "initial": initial.double()}
-    return table | {"ended": ended, "shape": shape if math.prod(shape) == S else (1, S)}  # Taxi's lacks the passenger
+    return table | {"ended": ended, "shape": shape if math.prod(shape) == S else (1, S)}  # Taxi: S != rows * cols
 
 
 def load_table(env_id: str | None, env_kwargs: dict) -> tuple[dict | None, int | None]:
@@ -308,7 +307,7 @@ def load_table(env_id: str | None, env_kwargs: dict) -> tuple[dict | None, int |
 
 
 class TableEnv(gymnasium.vector.VectorEnv):
-    """N trajectories in a table. Observations: state and step, the indices of a one-hot vector and a clock. S ends."""
+    """N trajectories in a table. Observations (N, 2): state index and step number; state S means the episode ended."""
 
     def __init__(self, table: dict, num_envs: int) -> None:
         self.reward, self.initial, self.num_envs = table["reward"], table["initial"], num_envs
@@ -331,8 +330,8 @@ class TableEnv(gymnasium.vector.VectorEnv):
 
 
 class TableReward(nn.Module):
-    """A number per state, or per state and action, for a table. The parameters are the numbers times the root of the
-    demonstrated visits + 0.1: log Z curves with the visits, so all entries then need steps of about the same size."""
+    """Tabular reward: one entry per state, or per state and action. Parameters are entries * sqrt(demonstrated visits
+    + 0.1): the curvature of log Z grows with the visits, so one step size then suits all entries."""
 
     def __init__(self, inputs: str, visits: Tensor, arrival: Tensor) -> None:
         super().__init__()
@@ -344,7 +343,7 @@ class TableReward(nn.Module):
         self.weight = nn.Parameter(torch.zeros_like(seen))
 
     def table(self, arrival: Tensor) -> Tensor:
-        """(S, A). The mean of the next state's number, under these dynamics, where the reward sees the next state."""
+        """Reward (S, A). For next_state inputs, the expected entry of the next state under these dynamics."""
         entries = self.weight * self.scale
         return (arrival @ entries).view(-1, self.num_actions) if self.expected else entries.expand(-1, self.num_actions)
 
@@ -378,10 +377,10 @@ class ActorCritic(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         outputs = self.actor(obs)
-        return outputs if self.discrete else outputs.clamp(-1, 6).exp()  # from somewhat U-shaped to a std of 0.05
+        return outputs if self.discrete else outputs.clamp(-1, 6).exp()  # from slightly U-shaped to a std of 0.035
 
     def select(self, outputs: Tensor, mode: str, generator: torch.Generator | None) -> Tensor:
-        """Actions "sample"d from the policy, or "uniform" ones: indices (N,) or numbers (N, A)."""
+        """Actions, indices (N,) or numbers (N, A). mode: "sample" from the policy, or "uniform"."""
         outputs = torch.ones_like(outputs) if mode == "uniform" else outputs
         if self.discrete:
             return torch.multinomial(outputs.softmax(-1), 1, generator=generator)[:, 0]
@@ -403,7 +402,7 @@ class SoftQ(nn.Module):
 
     def __init__(self, S: int, A: int, H: int, gamma: float) -> None:
         super().__init__()
-        # Q starts at its value without a reward, the later steps' entropy. At 0, the first moves tried would seem best.
+        # Start Q at its value under zero reward: the entropy of later steps. From 0, moves tried first look best.
         later = torch.tensor([sum(gamma**k for k in range(1, H - t)) for t in range(H)]).double()  # (H,)
         self.q = nn.Parameter((math.log(A) * later)[:, None, None].repeat(1, S, A), requires_grad=False)  # (H, S, A)
         self.register_buffer("counts", torch.zeros(S * A, S + 1).double())  # of moves and next states; S is the end
@@ -414,9 +413,9 @@ class SoftQ(nn.Module):
         return self.q[step.clamp(max=H - 1), state.clamp(max=S - 1)]  # (..., A)
 
     def learn(self, moves: Tensor, arrived: Tensor, reward: Tensor, gamma: float, rate: float) -> None:
-        """A step of soft Q-learning on all moves seen so far, s * A + a -> s' (B,): Q_t(s, a) moves towards the mean of
-        r + gamma V_t+1(s'), from the last step to the first, under the newest reward (S, A). The dynamics are the same
-        at every step, so each move teaches all steps."""
+        """One damped backward sweep of soft Q-iteration on all transitions seen so far, s * A + a -> s' (B,): Q_t(s, a)
+        moves toward the mean of r + gamma V_t+1(s') under the newest reward (S, A). The dynamics do not depend on t, so
+        each transition updates every Q_t."""
         H, S, A = self.q.shape
         self.counts.index_put_((moves, arrived), torch.ones((), dtype=torch.float64), accumulate=True)
         seen = self.counts.sum(1).view(S, A)
@@ -429,19 +428,19 @@ class SoftQ(nn.Module):
 
 
 def make_envs(env_id: str, num_envs: int, /, **env_kwargs) -> gymnasium.vector.VectorEnv:
-    """Environments that step together, by the environment's own vectorized code if it has any."""
+    """A vector environment: the environment's own vectorized version if it has one."""
     module, _, name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)  # registers the environment
     spec = replace(gymnasium.spec(name), disable_env_checker=True)  # the checker would test every step
     envs = gymnasium.make_vec(spec, num_envs, **env_kwargs)
     if envs.metadata.get("autoreset_mode") != gymnasium.vector.AutoresetMode.NEXT_STEP:
-        raise ValueError(f"--env-id {env_id} does not reset in the step after an episode's end, as rollout expects")
+        raise ValueError(f"--env-id {env_id}: rollout requires a vector environment with autoreset_mode NEXT_STEP")
     return envs
 
 
 def space_actions(actions: Tensor, action_space: gymnasium.Space) -> Tensor:
-    """Actions for the environment from unit actions, which are indices (Discrete) or numbers in [-1, 1] (Box)."""
+    """Map unit actions, indices (Discrete) or numbers in [-1, 1] (Box), to the environment's actions."""
     if isinstance(action_space, Discrete):
         return actions
     low, high = torch.from_numpy(action_space.low), torch.from_numpy(action_space.high)  # (A,)
@@ -451,8 +450,8 @@ def space_actions(actions: Tensor, action_space: gymnasium.Space) -> Tensor:
 def load_demos(
     path: str | Path, num_demos: int | None, observation_space: gymnasium.Space, action_space: gymnasium.Space
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The first num_demos episodes of an .npz file (None: all): obs (n, O), unit actions (n,) or (n, A), lengths (M,).
-    Last, the mean return of all its episodes: nan if the file has no `rew`."""
+    """The first num_demos episodes of an .npz file (None: all): obs (steps, O), unit actions (steps,) or (steps, A),
+    lengths (M,). Last, the mean return of all episodes in the file (nan without `rew`)."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = ("obs", "act", "lengths", "rew") if "rew" in file else ("obs", "act", "lengths")
@@ -467,7 +466,7 @@ def load_demos(
     for name, space in (("obs", observation_space), ("act", action_space), ("rew", Box(-np.inf, np.inf, ()))):
         wanted = (int(lengths.sum()), *space.shape)
         if name in data and (data[name].shape != wanted or not np.isfinite(data[name]).all()):
-            raise ValueError(f"--demos {path}: {name} {data[name].shape} must be finite numbers of shape {wanted}")
+            raise ValueError(f"--demos {path}: {name} must be finite, of shape {wanted}; got shape {data[name].shape}")
         if isinstance(space, Discrete) and len(bad := data[name][~np.isin(data[name], range(space.n))]):
             raise ValueError(f"--demos {path}: {name} has {bad[0]:g}, which is not in {space}")
     mean_return = float(data["rew"].sum() / len(lengths)) if "rew" in data else math.nan
@@ -478,18 +477,18 @@ def load_demos(
     low, high = torch.from_numpy(action_space.low), torch.from_numpy(action_space.high)  # (A,)
     actions = ((actions - low) / (high - low) * 2 - 1).float()  # the inverse of space_actions
     if (share := (actions.abs() > 1 + 1e-4).float().mean()) > 0:  # drawn by a Gaussian policy
-        print(f"--demos {path}: {share:.0%} of act are outside of {action_space} and are clipped to it")
+        print(f"--demos {path}: {share:.0%} of action values lie outside {action_space}; clipped")
     return obs, actions.clamp(-1, 1), lengths, mean_return
 
 
 def normalize(obs: Tensor, mean_std: Tensor) -> Tensor:
-    """Observations (..., O) by their mean and standard deviation (2, O), which all networks share."""
-    return ((obs - mean_std[0]) / mean_std[1]).clamp(-10, 10).float()  # the range of OpenAI's baselines
+    """Normalize observations (..., O) by the mean and standard deviation (2, O) that all networks share."""
+    return ((obs - mean_std[0]) / mean_std[1]).clamp(-10, 10).float()  # the clip range of OpenAI Baselines
 
 
 def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
-    """Mean and standard deviation (2, O) of observations (n, O) and (m, O), either kind with half of the weight. The
-    expert's alone hardly vary where it is good (a pole's angle), so those of uniform actions count as much."""
+    """Mean and standard deviation (2, O) of observations (n, O) and (m, O), with half the weight on each set. A good
+    expert's alone barely vary (a pole's angle), so those of a uniform policy count equally."""
     moments = [torch.stack([x.mean(0), x.square().mean(0)]) for x in (expert_obs.double(), uniform_obs.double())]
     mean, square = (moments[0] + moments[1]) / 2  # (O,), (O,)
     return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
@@ -497,7 +496,7 @@ def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
 
 def pair_features(obs: Tensor, actions: Tensor, action_space: gymnasium.Space) -> Tensor:
     """State-action pairs (..., O + A) from normalized observations and unit actions. Indices become one-hot vectors.
-    Actions are those that the environment takes: unclipped ones would tell the policy from the expert."""
+    Unit actions, as the environment takes them: unclipped ones would give the policy away."""
     actions = F.one_hot(actions, int(action_space.n)) if isinstance(action_space, Discrete) else actions  # (..., A)
     return torch.cat([obs, actions.float()], -1)
 
@@ -507,12 +506,12 @@ def rollout(
     envs: gymnasium.vector.VectorEnv, policy: nn.Module, mean_std: Tensor, steps: int, seed: int, mode: str,
     one_episode: bool = False,
 ) -> dict[str, Tensor]:
-    """T steps of N environments. All randomness comes from the seed, nothing from earlier calls. Raw obs (T+1, N, O);
-    actions (T, N) or (T, N, A) as selected; their logprobs, true rewards, mask, terminated and truncated (T, N).
-    obs[t+1] is what step t led to: at the end of an episode its last observation, before any reset.
-    In the step after an end, Gymnasium resets and ignores the action: mask is False. An episode that is cut off after
-    T steps is truncated. one_episode: only each environment's first episode is data; stops when all have ended."""
-    generator, alive = torch.Generator().manual_seed(seed), np.ones(envs.num_envs, dtype=bool)
+    """T steps of N environments, reproducible from the seed alone. Raw obs (T+1, N, O); actions (T, N) or (T, N, A) as
+    selected; their logprobs, true rewards, mask, terminated and truncated (T, N).
+    obs[t+1] is what step t led to; at the end of an episode, its final observation, before the reset.
+    The step after an end only resets and ignores the action, so its mask is False. Episodes still running after T
+    steps are truncated. one_episode: only each environment's first episode is data; stops when all have ended."""
+    generator, is_data = torch.Generator().manual_seed(seed), np.ones(envs.num_envs, dtype=bool)
     all_obs, columns = [torch.tensor(envs.reset(seed=seed)[0], dtype=torch.float32)], []
     for t in range(steps):
         outputs = policy(normalize(all_obs[-1].to(mean_std.device), mean_std)).cpu()  # (N, outputs)
@@ -522,13 +521,13 @@ def rollout(
         if not np.isfinite(obs).all():
             raise ValueError(f"--env-id: an observation is not finite in step {t + 1} of a rollout")
         all_obs.append(torch.tensor(obs, dtype=torch.float32))
-        others = (torch.from_numpy(x.copy()) for x in (rewards, alive, terminated, truncated))  # (N,) each
+        others = (torch.from_numpy(x.copy()) for x in (rewards, is_data, terminated, truncated))  # (N,) each
         columns.append((outputs, actions, *others))
-        alive = ~(terminated | truncated) & (alive | (not one_episode))
-        if one_episode and not alive.any():
+        is_data = ~(terminated | truncated) & (is_data | (not one_episode))
+        if one_episode and not is_data.any():
             break
     outputs, actions, rewards, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (T, N, ...)
-    truncated[-1] |= ~terminated[-1]
+    truncated[-1] |= ~terminated[-1]  # still running after T steps
     batch = {
         "obs": torch.stack(all_obs), "actions": actions, "logprobs": policy.logprobs(outputs, actions),
         "rewards": rewards.float(), "mask": mask, "terminated": terminated, "truncated": truncated,
@@ -542,11 +541,11 @@ def write_demos(path: Path, batch: dict[str, Tensor], policy: nn.Module, action_
     taken = space_actions(policy.unit(batch["actions"]), action_space)  # (T, N) or (T, N, A)
     columns = {"obs": batch["obs"][:-1], "act": taken, "rew": batch["rewards"], "terminal": batch["terminated"]}
     mask = batch["mask"].t()  # (N, T)
-    columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}  # (n, ...), by episode
+    columns = {name: x.transpose(0, 1)[mask].numpy() for name, x in columns.items()}  # (steps, ...), by episode
     np.savez(path, lengths=mask.sum(1).numpy(), **columns)
 
 
-# Offsets of seeds. Those of training's episodes start at 0. Each --seed has 10**9 seeds of its own.
+# Seed offsets; training rollouts start at 0. Each --seed owns a block of 10**9 seeds.
 EXPERT_SEEDS, DEMO_SEEDS, UNIFORM_SEEDS, EVAL_SEEDS, UPDATE_SEEDS = (k * 10**8 for k in range(1, 6))
 
 
@@ -584,12 +583,12 @@ def causal_visits(reward: Tensor, table: dict, gamma: float, horizon: int) -> Te
 
 @torch.no_grad()
 def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: float, horizon: int) -> dict[str, float]:
-    """True returns of the policies that are optimal for a learned reward (S, A): the soft-optimal one (temperature 1)
-    next to the demonstrator, and the optimal one next to the best possible."""
+    """True returns of the policies that a learned reward (S, A) induces: the soft-optimal one (temperature 1) against
+    the demonstrator, and the greedy one against the best possible."""
     true_reward = table["reward"]
     uniform = torch.full_like(true_reward, 1 / true_reward.shape[1]).expand(horizon, -1, -1)  # (H, S, A)
     visits = {"expert": expert_visits, "random": occupancy(uniform, table["transition"], table["initial"], gamma)}
-    for name, r in {"soft": reward, "hard": 1e5 * reward, "best": 1e5 * true_reward}.items():  # hard: greedy
+    for name, r in {"soft": reward, "hard": 1e5 * reward, "best": 1e5 * true_reward}.items():  # ~greedy
         visits[name] = causal_visits(r, table, gamma, horizon)
     returns = {name: (x * true_reward).sum().item() for name, x in visits.items()}
     margin = returns["expert"] - returns["random"]
@@ -625,7 +624,7 @@ def main(args: Args) -> dict[str, float]:
     args = replace(args, **{k: pair[table is None] for k, pair in DEFAULTS.items() if getattr(args, k) is None})
     H = limit if args.horizon is None else args.horizon
     if H is None or H < 1:
-        raise ValueError(f"--horizon {H}: how many steps has an episode? --env-id {args.env_id} has no time limit")
+        raise ValueError(f"--horizon must be at least 1, and set if --env-id has no time limit; it is {H}")
     if table is not None:
         S, A = table["reward"].shape
         make, observation_space, action_space = partial(TableEnv, table), Discrete(S), Discrete(A)
@@ -633,7 +632,7 @@ def main(args: Args) -> dict[str, float]:
         mean_std = torch.tensor([[0.0, 0.0], [S, H]])  # (2, O) of observations (state, step)
     else:
         if args.estimator != "sampled" or args.reward_inputs == "next_state" or args.transfer is not None:
-            raise ValueError(f"--estimator, --reward-inputs or --transfer needs a table: {args.env_id} has none")
+            raise ValueError(f"{args.env_id} has no table: use --estimator sampled, no next_state, no --transfer")
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         make = partial(make_envs, args.env_id, **env_kwargs)
         eval_envs = make(args.eval_episodes)
@@ -649,7 +648,7 @@ def main(args: Args) -> dict[str, float]:
     if args.transfer is not None:
         other, _ = load_table(args.env_id, env_kwargs | json.loads(args.transfer))
         if other["reward"].shape != (S, A):
-            raise ValueError(f"--transfer: that table is of shape {tuple(other['reward'].shape)}, not {S, A}")
+            raise ValueError(f"--transfer: its table has shape {tuple(other['reward'].shape)}, not {S, A}")
     demos = None if args.demos is None else load_demos(args.demos, args.num_demos, observation_space, action_space)
     if demos is not None and demos[2].max() > H:
         raise ValueError(f"--demos has an episode of {int(demos[2].max())} steps, more than --horizon {H}")
@@ -662,7 +661,7 @@ def main(args: Args) -> dict[str, float]:
         (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
 
     # ---- demonstrations, and the normalizer
-    torch.manual_seed(args.seed)  # of the initial weights. All else has seeds of its own, by step
+    torch.manual_seed(args.seed)  # for the initial weights only; everything else is seeded per step
     policy, expert = make_policy().to(device), make_policy().to(device)
     exact_visits = table is not None and args.demos is None and args.num_demos is None
     if table is not None:
@@ -687,8 +686,8 @@ def main(args: Args) -> dict[str, float]:
             batch["obs"] = batch["obs"] if table is None else batch["obs"][..., 0]  # states
             write_demos(run_dir / "demos.npz", batch, expert, action_space)
         demos = load_demos(run_dir / "demos.npz", args.num_demos or 10, observation_space, action_space)
-    # Rows of observation and action. Their weights sum to the length of an episode.
-    discount = 1.0 if table is None else args.gamma  # of visits. In control, gamma is the critic's only
+    # One row per (observation, action); weights sum to the mean (discounted) episode length.
+    discount = 1.0 if table is None else args.gamma  # of visits. In control, gamma enters only through the critic
     if exact_visits:
         expert_obs, expert_actions = torch.arange(S).repeat_interleave(A), torch.arange(A).repeat(S)  # (n,)
         expert_weights = expert_visits.flatten()  # (n,)
@@ -701,12 +700,12 @@ def main(args: Args) -> dict[str, float]:
         expert_visits = expert_visits if args.demos is None else target_visits
         expert_obs = F.pad(expert_obs[:, None], (0, 1))  # (n, 2)
     expert_obs, expert_actions, expert_weights = (x.to(device) for x in (expert_obs, expert_actions, expert_weights))
-    if table is None:  # fixed from now on, as stored log-probabilities are
+    if table is None:  # fixed from here on: log-probabilities depend on it
         mean_std = observation_mean_std(expert_obs, uniform_obs)
     expert_pairs = pair_features(normalize(expert_obs, mean_std), expert_actions, action_space)  # (n, O + A)
 
     # ---- reward
-    width = O if table is None and args.reward_inputs == "state" else expert_pairs.shape[1]  # of what it sees
+    width = O if table is None and args.reward_inputs == "state" else expert_pairs.shape[1]  # reward input features
     if table is not None:
         modules = {name: TableReward(args.reward_inputs, target_visits, table["arrival"]) for name in estimators}
     else:
@@ -727,7 +726,7 @@ def main(args: Args) -> dict[str, float]:
 
     bar = trange(progress["step"], max_steps + 1, initial=progress["step"], total=max_steps, disable=not max_steps)
     for step in bar:
-        # ---- save aside, then rename. Also before the first step: what came before may have taken long
+        # ---- save to a temporary file, then rename. Also at step 0: the setup may have been slow
         if step % args.save_steps == 0 or step == max_steps:
             writer.flush()
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
@@ -741,7 +740,7 @@ def main(args: Args) -> dict[str, float]:
         mask, obs, T = batch["mask"], normalize(batch["obs"], mean_std), len(batch["mask"])  # (T, N), (T+1, N, O)
         pairs = pair_features(obs[:-1], batch["actions"], action_space)  # (T, N, O + A)
 
-        # ---- weights: the docstring says what they aim at
+        # ---- importance weights: targets are in the module docstring
         rewards = reward(pairs[..., :width])[..., 0]  # (T, N)
         returns = rewards * (discount ** torch.arange(T, device=device))[:, None]  # (T, N)
         scores, length = returns.detach(), T
@@ -806,8 +805,7 @@ def main(args: Args) -> dict[str, float]:
         normalizer = {"observation_mean": mean_std[0], "observation_std": mean_std[1]}
         saved = {"reward": reward.state_dict() | normalizer, "policy": policy.state_dict() | normalizer}
     else:
-        # How far apart the two models are, for the demonstrator's reward.
-        leaf = true_reward.clone().requires_grad_()
+        leaf = true_reward.clone().requires_grad_()  # how far the two models' visits are apart
         log_partition(leaf, table["transition"], table["initial"], H, args.gamma, table["ended"]).backward()
         difference = causal_visits(true_reward, table, args.gamma, H) - leaf.grad  # (S, A)
         metrics["eval/causal_gap"] = difference.sum(1).abs().sum().item()
@@ -818,7 +816,7 @@ def main(args: Args) -> dict[str, float]:
         best, _ = soft_value_iteration(learned, table["transition"], args.gamma, H, table["ended"])  # (H, S, A)
         saved["reward"] |= {name: learned, f"{name}_entries": (module.weight * module.scale).detach()}
         saved["policy"][name] = best  # the soft-optimal policy of the reward, not the sampler's
-        if args.transfer is not None:  # why a reward and not a policy: the same entries under other dynamics
+        if args.transfer is not None:  # same reward entries, new dynamics; the old policy for comparison
             visits = causal_visits(args.reward_scale * other["reward"], other, args.gamma, H)  # (S, A)
             results = evaluate_table(module.table(other["arrival"]).detach(), other, visits, args.gamma, H)
             visits = occupancy(best, other["transition"], other["initial"], args.gamma)
@@ -833,8 +831,10 @@ def main(args: Args) -> dict[str, float]:
         for axes, (title, x) in zip(figure.subplots(1, 4), panels.items()):
             axes.set(title=title, xticks=[], yticks=[])
             figure.colorbar(axes.imshow(x.view(table["shape"]).numpy()), ax=axes, shrink=0.7)
+            for s, cell in enumerate(LECTURE_GRID if args.env_id is None else ""):
+                axes.text(s % 4, s // 4, LECTURE_CELLS[cell][0], ha="center", va="center", color="red", weight="bold")
         writer.add_figure(f"maps/{name}", figure, progress["env_steps"])
-    for name, results in found.items():  # the keys without a prefix are the last estimator's
+    for name, results in found.items():  # unprefixed keys belong to the last estimator
         metrics |= {f"eval/{key}": x for key, x in results.items()}
         metrics |= {f"eval/{name}/{key}": x for key, x in results.items() if len(found) > 1}
     for name, tensors in saved.items():

@@ -1,152 +1,154 @@
-"""Draws the README's curves from run folders: one picture a script or task, one line a run.
+"""Draw the curves of run folders: one picture per script and task, one line per seed.
 
-    for seed in 201 202 203; do python grpo_llm.py --seed $seed; python dpo.py --seed $seed; done   # and so on
-    python tests/plot_curves.py runs/*          # writes tests/curves/<script>.png for the scripts among them
+    for seed in 201 202 203; do python dpo.py --seed $seed; done
+    python tests/plot_curves.py runs/* [--output tests/curves]
 
-Runs of ppo_llm.py with a reward model on the embedded task are drawn apart (ppo_llm_reward_model.png: the learned
-reward beside the gold one), and runs on a dataset by its name, the policy scripts' in one picture (<dataset>.png).
-Of a table, the picture is maxent_irl.py's own maps, of the last run; of control (<script>_<env-id>.png), curves over
-environment steps. Runs of the policy scripts with `--exp-name budget` make budget.png: right answers over the answers
-that were sampled, or given in pairs, for each script the mean and the range of its seeds.
+The picture of grpo_llm.py's default shows means and ranges over the seeds, and what the model wrote before and after.
+Curves that a run lacks (it was killed, or it has no such reward) are left out, and so are folders that are not runs.
+Tables: the picture is the last map that maxent_irl.py drew.
 """
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-CURVES = {  # of each picture: tags, and what to write over them
+COLORS = {"grpo_llm": "C0", "ppo_llm": "C1", "dpo": "C2", "reward_model": "C3", "maxent_irl": "C4", "gail": "C5"}
+STYLES = "-", "--", ":", "-."  # of seeds
+REWARD = {"eval/reward": "reward, sampled, held-out", "eval/kl": "KL to the initial model, nats"}
+CURVES = {  # tags of a script's picture, and what their axes say
     "grpo_llm": {
-        "train/rewards/accuracy_reward/mean": "right answers, sampled, training",
-        "eval/accuracy_greedy": "right answers, greedy, held-out",
-        "train/rewards/format_reward/mean": "share that shows its work, sampled",
+        "eval/accuracy": "right answers, sampled, held-out", "eval/accuracy_greedy": "right answers, greedy, held-out",
+        **REWARD,
     },
     "ppo_llm": {
-        "eval/accuracy": "right answers, held-out",
-        "train/rewards/format_reward/mean": "share that shows its work",
-        "objective/kl": "KL to the supervised model, nats",
-    },
-    "ppo_llm_reward_model": {
-        "eval/reward": "learned reward, held-out",
-        "eval/accuracy": "gold reward: right answers, held-out",
-        "eval/kl": "KL to the supervised model, nats",
+        "eval/accuracy": "right answers, sampled, held-out",
+        "train/rewards/format_reward/mean": "share that shows its work, sampled", **REWARD,
     },
     "dpo": {
         "eval/accuracy": "right answers, sampled, held-out",
-        "train/rewards/accuracies": "preference accuracy",
-        "train/logps/chosen": "log-probability of chosen answers",
+        "eval/rewards/accuracies": "pairs in the right order, held-out",
+        "eval/logps/chosen": "log-probability of chosen answers, nats",
     },
     "reward_model": {
-        "eval/accuracy": "accuracy, held-out pairs",
-        "eval/calibration_error": "expected calibration error",
-        "train/loss": "loss",
+        "eval/accuracy": "pairs in the right order, held-out", "eval/calibration_error": "calibration error, held-out",
+        "train/loss": "loss, nats",
     },
-}
-DATASET = {"eval/reward": "reward, held-out", "eval/kl": "KL to the initial model, nats"}
-CONTROL = {
     "maxent_irl": {
-        "charts/episodic_return": "true return of the trajectories",
-        "train/expert_reward - train/policy_reward": "learned reward: expert's minus policy's",
-        "train/effective_sample_size": "effective sample size",
+        "charts/episodic_return": "true return of an episode", "train/effective_sample_size": "effective sample size",
+        "train/loss": "learned reward: policy's minus expert's",
     },
     "gail": {
-        "charts/episodic_return": "true return of the trajectories",
-        "eval/return": "true return of the policy's mode",  # with lines of expert, BC and random
-        "train/reward": "learned reward of a step",
+        "eval/return": "true return, actions not sampled", "charts/episodic_return": "true return, actions sampled",
+        "train/reward": "learned reward per step",
     },
-}
+}  # fmt: skip
+STORY = {
+    "eval/accuracy": "right, sampled (pass@1)", "eval/pass@8": "right, at least 1 of 8 samples",
+    "eval/accuracy_greedy": "right, greedy", "eval/format_greedy": "shows its work, greedy",
+}  # fmt: skip
+Run = tuple[dict, EventAccumulator]
 
 
-def picture_and_label(saved: dict) -> tuple[str, str]:
-    """The picture that a run belongs to, and what its line is called there."""
-    script, args = Path(saved["script"]).stem, saved["args"]
-    if args["exp_name"] == "budget":
-        return "budget", script
-    if "env_id" in args:
-        return f"{script}_{args['env_id']}", f"seed {args['seed']}"
-    if args.get("dataset_name"):
-        return Path(args["dataset_name"]).stem, f"{script}, seed {args['seed']}"
-    if script == "ppo_llm" and args["reward_model_path"]:
-        return "ppo_llm_reward_model", f"--kl-coef {args['kl_coef']:g}, seed {args['seed']}"
-    return script, f"seed {args['seed']}"
+def points(events: EventAccumulator, tag: str) -> dict[int, float]:
+    """Values of a tag by step; none if the run never wrote it."""
+    return {e.step: e.value for e in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
 
 
-def curve(events: EventAccumulator, tag: str, over: str | None) -> list[tuple[float, float]]:
-    """Points of a tag, or of the difference of two, over the step, or over another tag that counts something."""
-    first, *second = ([(event.step, event.value) for event in events.Scalars(name)] for name in tag.split(" - "))
-    points = [(step, value - (dict(second[0])[step] if second else 0.0)) for step, value in first]
-    count = {0: 0} | ({event.step: event.value for event in events.Scalars(over)} if over else {})
-    return [(count[step] if over else step, value) for step, value in points]
-
-
-def draw_budget(runs: list[tuple[str, EventAccumulator]], answers_a_step: dict[str, int]) -> Figure:
-    """Right answers of the scripts' runs, all on the same task, over the answers that they learned from."""
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
-    for script in sorted({script for script, _ in runs}):
-        curves = [dict(curve(events, "eval/accuracy", None)) for name, events in runs if name == script]
-        steps = sorted(curves[0])
-        values = [[points[step] for points in curves] for step in steps]
-        x = [step * answers_a_step[script] for step in steps]
-        axes.plot(x, [sum(column) / len(column) for column in values], marker=".", label=script)
-        axes.fill_between(x, list(map(min, values)), list(map(max, values)), alpha=0.2)
-    axes.set(title="right answers, sampled, held-out", xlabel="answers sampled (grpo_llm, ppo_llm) or given (dpo)")
+def finish(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
-    axes.legend()
+
+
+def draw_story(runs: list[Run]) -> Figure:
+    """The default task of grpo_llm.py, told by held-out metrics and by two of the held-out prompts."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes, page = figure.subplots(1, 2, width_ratios=(3, 2))
+    for tag, label in STORY.items():
+        curves = [curve for _, events in runs if (curve := points(events, tag))]
+        steps = sorted(set.intersection(*map(set, curves)))
+        values = [[curve[step] for curve in curves] for step in steps]
+        axes.plot(steps, [sum(row) / len(row) for row in values], label=label, marker=".")
+        axes.fill_between(steps, [min(row) for row in values], [max(row) for row in values], alpha=0.2)
+    finish(axes, "step (256 sampled answers each)", "share of 512 held-out sums")
+    axes.legend(loc="lower right")
+    texts = [event.tensor_proto.string_val[0].decode() for event in runs[0][1].Tensors("samples/text_summary")]
+    before, after = ([row.strip("| ").split(" | ") for row in text.splitlines()[2:]] for text in (texts[0], texts[-1]))
+    lines = []
+    for (prompt, old, old_reward), (_, new, new_reward) in zip(before, after):
+        a, b = map(int, prompt.strip("=").split("+"))
+        if a < b and float(new_reward) > float(old_reward) and old == str(a + b - 10):  # the carry was forgotten
+            lines.append(f"{prompt}\n    before   {old}\n    after    {new}\n")
+    page.text(0, 0.95, "\n".join(lines[:3]), family="monospace", fontsize=13, va="top")
+    page.axis("off")
+    figure.suptitle(f"grpo_llm.py on two-digit addition: mean and range of {len(runs)} seeds, and samples")
     return figure
 
 
-def main(folders: list[Path]) -> None:
-    answers_a_step = {}
+def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
+    """One panel for each of the script's tags that a run has, one line per run."""
+    tags = {tag: y for tag, y in CURVES[script].items() if any(points(events, tag) for _, events in runs)}
+    if not tags:
+        return None
+    x = "environment steps" if script in ("maxent_irl", "gail") else "step"
+    figure = Figure(figsize=(4 * len(tags), 3.4), layout="constrained")
+    for axes, (tag, y) in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags.items()):
+        for i, (args, events) in enumerate(runs):
+            if curve := points(events, tag):
+                label = f"seed {args['seed']}"
+                axes.plot(*zip(*curve.items()), COLORS[script] + STYLES[i % 4], linewidth=1, label=label)
+        for name, style in (("expert", "-"), ("bc", "--"), ("random", ":")) if tag == "eval/return" else ():
+            values = [[*curve.values()][-1] for _, events in runs if (curve := points(events, f"eval/{name}_return"))]
+            if values:
+                label = {"bc": "behavior cloning"}.get(name, name)
+                axes.axhline(sum(values) / len(values), color="gray", linewidth=1, linestyle=style, label=label)
+        starts = [points(events, tag).get(0) for _, events in runs]
+        if script in ("ppo_llm", "dpo") and tag == "eval/accuracy" and None not in starts:
+            axes.axhline(sum(starts) / len(starts), color="gray", linewidth=1, linestyle=":", label="supervised model")
+        finish(axes, x, y)
+        axes.legend(fontsize="small")
+    figure.suptitle(f"{script}.py on {task}")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("curves"), help="folder of the pictures")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     pictures = defaultdict(list)
-    if not any((folder / "args.json").is_file() for folder in folders):
-        sys.exit("no run folder among the arguments")
-    for folder in folders:
-        if (folder / "args.json").is_file():
-            events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-            events.Reload()
-            saved = json.loads((folder / "args.json").read_text())
-            picture, label = picture_and_label(saved)
-            args = saved["args"]
-            answers = args.get("generation_batch_size") or 2 * args.get("train_batch_size", 0)
-            answers_a_step[Path(saved["script"]).stem] = answers
-            if "maps/sampled" in events.Tags()["images"]:
-                image = events.Images("maps/sampled")[-1].encoded_image_string
-                (Path(__file__).parent / "curves" / "maxent_irl.png").write_bytes(image)
-                continue
-            pictures[picture].append((label, events))
-    for picture, runs in pictures.items():
-        path = Path(__file__).parent / "curves" / f"{picture}.png"
-        if picture == "budget":
-            draw_budget(runs, answers_a_step).savefig(path, dpi=110)
-            print(path)
+    for folder in options.folders:
+        if not (folder / "args.json").is_file():
+            print(f"left out: {folder} is not a run folder")
             continue
-        control = CONTROL.get(picture.rpartition("_")[0])
-        curves = control or CURVES.get(picture, DATASET)
-        over = "train/num_tokens" if curves is DATASET else None  # control: the step counts environment steps
-        colors = {kind: f"C{i}" for i, kind in enumerate(sorted({label.split(",")[0] for label, _ in runs}))}
-        figure = Figure(figsize=(11, 3), layout="constrained")
-        for axes, (tag, title) in zip(figure.subplots(1, len(curves)), curves.items()):
-            for label, events in sorted(runs, key=lambda run: run[0]):
-                points = curve(events, tag, over)
-                options = {"color": colors[label.split(",")[0]]} if "," in label else {}
-                if tag == "eval/return" and label == min(label for label, _ in runs):
-                    for name, style in (("expert", "-"), ("bc", "--"), ("random", ":")):
-                        if f"eval/{name}_return" in events.Tags()["scalars"]:
-                            height = events.Scalars(f"eval/{name}_return")[-1].value
-                            axes.axhline(height, color="gray", linewidth=1, linestyle=style, label=name)
-                axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else None, label=label, **options)
-            unit = "environment steps" if control else "tokens, prompts included" if over else "step"
-            axes.set(title=title, xlabel=unit)
-            axes.locator_params(axis="x", nbins=5)
-            axes.grid(alpha=0.3)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-        figure.savefig(path, dpi=110)
-        print(path)
+        saved = json.loads((folder / "args.json").read_text())
+        script, args = Path(saved["script"]).stem, saved["args"]
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+        events.Reload()
+        task = (args["env_id"] or "lecture") if "env_id" in args else Path(args["dataset_name"] or "addition").stem
+        if args.get("reward_model_path"):
+            task += " with a reward model"
+        if args["exp_name"] != script:
+            task += f", {args['exp_name']}"
+        pictures[script, task].append((args, events))
+    for (script, task), runs in pictures.items():
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{script}_{task}".removesuffix("_addition"))
+        path = options.output / f"{name}.png"
+        maps = [events.Images(tag) for _, events in runs for tag in events.Tags()["images"] if tag == "maps/sampled"]
+        story = name == "grpo_llm" and all(len(points(events, tag)) > 1 for tag in STORY for _, events in runs)
+        figure = draw_story(runs) if story else draw(script, task, runs)
+        if maps:
+            path.write_bytes(maps[-1][-1].encoded_image_string)
+        elif figure is not None:
+            figure.savefig(path, dpi=110)
+        print(path if maps or figure is not None else f"left out: {script}.py on {task} has no curves yet")
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    main()

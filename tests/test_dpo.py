@@ -55,45 +55,6 @@ def chat_tokenizer(template: str | None):
 # ---- losses
 
 
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
-
-
-@pytest.mark.parametrize("loss_type, smoothing, by_hand", [
-    ("sigmoid", 0.0, lambda h: -math.log(sigmoid(h))),
-    ("sigmoid_norm", 0.0, lambda h: -math.log(sigmoid(h))),
-    ("sigmoid", 0.2, lambda h: -0.8 * math.log(sigmoid(h)) - 0.2 * math.log(sigmoid(-h))),
-    ("robust", 0.2, lambda h: (-0.8 * math.log(sigmoid(h)) + 0.2 * math.log(sigmoid(-h))) / 0.6),
-    ("hinge", 0.0, lambda h: max(0.0, 1 - h)),
-    ("ipo", 0.0, lambda h: (h / 0.1 - 1 / 0.2) ** 2),
-])  # fmt: skip
-def test_losses_by_hand(loss_type, smoothing, by_hand):
-    losses, chosen, rejected = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, loss_type, smoothing)
-    assert losses.tolist() == pytest.approx([by_hand(h) for h in H], rel=1e-5)
-    assert chosen.tolist() == pytest.approx([0.1, -0.1, 0.0], abs=1e-7)
-    assert rejected.tolist() == pytest.approx([-0.05, 0.05, -0.05], abs=1e-7)
-
-
-def test_losses_against_other_formulas():
-    c, r, ref_c, ref_r = torch.randn(4, 50, dtype=torch.float64)
-    strengths = [(x - ref).exp() ** 0.7 for x, ref in ((c, ref_c), (r, ref_r))]  # Bradley-Terry
-    clean = dpo_loss(c, r, ref_c, ref_r, 0.7, "sigmoid", 0.0)[0]
-    assert torch.allclose(clean.neg().exp(), strengths[0] / sum(strengths))
-    flips = [dpo_loss(*logps, 0.7, "robust", 0.3)[0] for logps in ((c, r, ref_c, ref_r), (r, c, ref_r, ref_c))]
-    assert torch.allclose(0.7 * flips[0] + 0.3 * flips[1], clean)  # unbiased if 30% of the labels are flipped
-    for length in (5, 10):  # IPO: the best gap is 1 / (2 beta), of means whatever the length, of sums it is not
-        zeros, gaps = torch.zeros(2), torch.tensor([2.0, 2.0 * length])
-        losses = dpo_loss(gaps, zeros, zeros, zeros, 0.25, "ipo", 0.0)[0]
-        assert losses.tolist() == pytest.approx([0.0, (2.0 * length - 2.0) ** 2])
-
-
-def test_losses_are_finite_for_large_differences_and_rewards_have_no_gradient():
-    policy, zeros = torch.tensor([-3000.0], requires_grad=True), torch.zeros(1, requires_grad=True)
-    losses, *rewards = dpo_loss(policy, zeros, torch.zeros(1), torch.zeros(1), 1.0, "sigmoid", 0.0)
-    assert losses.item() == pytest.approx(3000.0) and torch.autograd.grad(losses, policy)[0].item() == -1.0
-    assert not any(reward.requires_grad for reward in rewards)
-
-
 # ---- data
 
 HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: name?\n\nAssistant:"
@@ -298,15 +259,6 @@ def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, mode
         assert change == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
-def test_uneven_microbatches_change_neither_parameters_nor_logs(run):
-    plain, *others = (run(max_tokens_per_microbatch=budget, learning_rate=1e-3) for budget in (2048, 48, 36, 24))
-    for other in others:
-        after = weights(other.folder)
-        assert all(torch.allclose(value, after[name], atol=1e-5) for name, value in weights(plain.folder).items())
-        for tag in set(plain.tags) - {"charts/SPS"}:
-            assert other.tags[tag] == pytest.approx(plain.tags[tag], rel=1e-3, abs=1e-5), tag
-
-
 def test_an_epoch_visits_each_pair_once_in_the_seeds_order(run):
     flags = {"max_steps": None, "num_train_epochs": 1.5, "train_batch_size": 4, "learning_rate": FROZEN}
     first, again, other = (run(seed=seed, **flags).tags["train/logps/chosen"] for seed in (1, 1, 2))
@@ -314,30 +266,6 @@ def test_an_epoch_visits_each_pair_once_in_the_seeds_order(run):
     for logps in (first, other):
         assert len(logps) == 9 and sum(logps[:6]) / 6 == pytest.approx(whole, rel=1e-5) and logps[6:] != logps[:3]
     assert first == again and first[:3] != other[:3]
-
-
-def test_a_stopped_run_resumes_bit_equal(run, tmp_path, monkeypatch):
-    flags = {"max_steps": 5, "warmup_steps": 2, "ref_model_name_or_path": None}
-    whole, calls, real = run(**flags), [], torch.nn.utils.clip_grad_norm_
-
-    def stop_in_the_fourth_step(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_fourth_step)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder=tmp_path / "stopped", **flags)
-    (folder,) = (path.parent for path in tmp_path.glob("stopped/runs/*/args.json"))
-    metrics = main(Args(resume=str(folder)))
-    assert {**metrics, "wall_seconds": 0} == {**whole.metrics, "wall_seconds": 0}
-    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(whole.folder).items())
-    resumed = scalars(folder)
-    for tag in set(whole.tags) - {"charts/SPS"}:
-        assert [value for _, value in resumed[tag]] == whole.tags[tag], tag
-    with pytest.raises(ValueError, match="not \\['--beta'\\]"):
-        main(Args(resume=str(folder), beta=0.2))
 
 
 def test_the_reference_is_gone_when_training_starts_and_is_never_a_stale_one(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import resource
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, ROOT, digit_reward, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
-from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -112,15 +110,6 @@ def test_no_random_number_leaves_its_chunk_or_the_vocabulary():
     assert token.max() < 900 and logprob.isfinite().all()
 
 
-def test_the_samplers_random_numbers_resolve_the_tail(monkeypatch):
-    """fp32 random numbers are multiples of 2**-24."""
-    seen = []
-    real = grpo_llm.sample_tokens
-    monkeypatch.setattr(grpo_llm, "sample_tokens", lambda x, u, temperature: seen.append(u) or real(x, u, temperature))
-    draw(make_model(), length=2)
-    assert any((u * 2**24 != (u * 2**24).round()).any() for u in seen)
-
-
 def test_sampling_distribution_is_the_softmax_and_nothing_else():
     model = make_model()
     model.generation_config.top_k, model.generation_config.top_p = 2, 0.5
@@ -149,20 +138,6 @@ def test_sampler_and_completion_logprobs_equal_those_of_each_sequence_alone(arch
                 assert (other[i, : len(completion)] - naive).abs().max() < 2e-5
 
 
-def test_a_response_ends_with_its_first_stop_id_and_never_with_a_forced_one():
-    model = make_model()
-    for pad_id in (0, 1):  # pad may be a stop id: the mask comes from lengths
-        response, _, mask = draw(model, num_generations=32, length=12, pad_id=pad_id)
-        truncated = 0
-        for ids, real in zip(response.tolist(), mask):
-            length = int(real.sum())
-            assert real[:length].all() and ids[length:] == [pad_id] * (len(ids) - length)
-            stops = [position for position, token in enumerate(ids[:length]) if token in (1, 2)]
-            assert stops == [length - 1] or (stops == [] and length == 12)
-            truncated += stops == []
-        assert 0 < truncated < 96
-
-
 def test_samples_do_not_depend_on_the_number_of_processes_or_on_who_shares_the_batch():
     model = make_model()
     response, logprobs, mask = draw(model)
@@ -173,29 +148,6 @@ def test_samples_do_not_depend_on_the_number_of_processes_or_on_who_shares_the_b
         rows, T = slice(4 * rank, 4 * rank + 4), part[0].shape[1]
         assert torch.equal(part[0], response[rows, :T]) and torch.equal(part[2], mask[rows, :T])
         assert not mask[rows, T:].any() and torch.allclose(part[1], logprobs[rows, :T], atol=1e-5)
-
-
-def test_gradient_checkpointing_changes_neither_the_samples_nor_the_gradients():
-    model, results = make_model(), []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        response, logprobs, mask = draw(model, temperature=0.0)
-        model.train()
-        total = completion_logprobs(model, PROMPTS, to_lists(response, mask), 1.0).sum()
-        results.append((response, logprobs, *torch.autograd.grad(total, list(model.parameters()))))
-    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(*results))
-
-
-def test_greedy_follows_the_argmax():
-    model = make_model()
-    response, _, mask = draw(model, num_generations=1, temperature=0.0)
-    for prompt, completion in zip(PROMPTS, to_lists(response, mask)):
-        tokens = list(prompt)
-        for token in completion:
-            assert token == model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()
-            tokens.append(token)
 
 
 def test_under_autocast_keys_and_values_of_the_cache_have_one_dtype(monkeypatch):
@@ -230,13 +182,6 @@ def test_gradients_equal_the_naive_ones(architecture, K, monkeypatch):
     parameters = list(model.parameters())
     for ours, theirs in zip(torch.autograd.grad(total, parameters), torch.autograd.grad(naive, parameters)):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
-
-
-def test_an_empty_completion_has_no_logprobs():
-    model = make_model()
-    logprobs = completion_logprobs(model, PROMPTS[:1], [[3, 4], []], 1.0)
-    assert (logprobs[1] == 0).all()
-    assert torch.allclose(logprobs[0], naive_logprobs(model, PROMPTS[0], [3, 4], 1.0), atol=1e-5)
 
 
 def test_the_bf16_gradient_of_confident_tokens_is_as_good_as_autocasts():
@@ -274,51 +219,17 @@ def test_a_tree_mask_is_additive_and_in_the_compute_dtype():
     assert [mask.dtype for mask in masks] == [torch.float32, torch.bfloat16]
 
 
-def make_samples(lengths: list[tuple[int, list[int]]]) -> list[dict]:
-    return [{"ids": [3] * p, "completion": [4] * c, "name": (p, k)} for p, cs in lengths for k, c in enumerate(cs)]
-
-
-def test_microbatches_hold_every_completion_once_with_its_prompt_and_keep_the_budget():
-    rng = random.Random(0)
-    for budget in (1, 60, 300, 10**6):
-        samples = make_samples([(rng.randint(1, 9), [rng.randint(1, 30) for _ in range(4)]) for _ in range(7)])
-        seen = []
-        for indices, prompts, completions in pack(make_model(), samples, 4, budget):
-            K = len(indices) // len(prompts)
-            assert completions == [samples[i]["completion"] for i in indices]
-            assert [samples[i]["ids"] for i in indices[::K]] == prompts
-            assert all(samples[i]["name"][0] == len(prompts[n // K]) for n, i in enumerate(indices))
-            rows = [len(prompts[r]) + sum(map(len, completions[r * K : r * K + K])) for r in range(len(prompts))]
-            assert len(rows) == 1 or len(rows) * max(rows) <= budget
-            seen += indices
-        assert sorted(seen) == list(range(28))
-    assert len(pack(make_model(), samples, 4, 10**6)) == 1
-
-
-def completions_per_row(model, L_q: int, T: int) -> int:
-    indices, prompts, _ = pack(model, make_samples([(L_q, [T] * 8)]), 8, 10**6)[0]
-    return len(indices) // len(prompts)
-
-
 def test_long_completions_share_rows_with_fewer_others():
     """A dense mask costs (L_q + K T)^2: at Qwen2.5-0.5B's width and T = 512, K = 2 took 11.1 s and K = 8 15.4 s."""
-    model = make_model()
-    model.config.hidden_size = 896
-    assert completions_per_row(model, 64, 20) == 8
-    assert completions_per_row(model, 64, 512) <= 2
-    assert completions_per_row(make("mistral"), 64, 20) == 1  # a sliding window
+    wide, windowed = make_model(), make("mistral")
+    wide.config.hidden_size = 896
+    for model, T, possible in ((wide, 20, {8}), (wide, 512, {1, 2}), (windowed, 20, {1})):
+        samples = [{"ids": [3] * 64, "completion": [4] * T}] * 8
+        (indices, prompts, _), *_ = pack(model, samples, 8, 10**6)
+        assert len(indices) // len(prompts) in possible
 
 
 # ---- advantages, loss, learning rate
-
-
-def test_group_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
-    std = math.sqrt(4 * 0.25 / 3)  # ddof 1
-    expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4])
-    assert torch.equal(group_advantages(rewards, "none"), expected)
-    assert torch.allclose(group_advantages(rewards, "group"), expected / (std + 1e-4))
-    assert (group_advantages(torch.full((1, 7), 0.1), "group") == 0).all()
 
 
 def loss_inputs(B=5, T=6, seed=0):
@@ -388,32 +299,13 @@ def test_masked_rows_and_infinite_padding_give_no_nan():
             assert (gradient[~mask] == 0).all()
 
 
-def test_one_step_without_clipping_and_std_is_reinforce_with_the_group_baseline():
-    """The gradient is REINFORCE's with the group's mean, and (G-1)/G of that with the leave-one-out mean (RLOO)."""
-    model = make_model()
-    response, _, mask = draw(model)
-    completions = to_lists(response, mask)
-    rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
-    logprobs = completion_logprobs(model, PROMPTS, completions, 0.7)
-    advantages = group_advantages(rewards, "none").flatten()
-    loss, _ = grpo_loss(logprobs, logprobs.detach(), advantages, mask, math.inf, math.inf, "dapo")
-    gradient = torch.autograd.grad(-loss * mask.sum(), list(model.parameters()))
-    leave_one_out = (rewards.sum(1, keepdim=True) - rewards) / 3
-    for baseline, factor in ((rewards.mean(1, keepdim=True), 1.0), (leave_one_out, 3 / 4)):
-        reinforce = sum(
-            (rewards - baseline).flatten()[i] * naive_logprobs(model, PROMPTS[i // 4], completion, 0.7).sum()
-            for i, completion in enumerate(completions)
-        )
-        for ours, theirs in zip(gradient, torch.autograd.grad(reinforce, list(model.parameters()))):
-            assert (ours - factor * theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_kl_gradient_is_that_of_the_reverse_kl(shift):
-    """Exact expectation over a 6-way softmax, on-policy and off-policy (the rollout's logits differ by noise)."""
+@pytest.mark.parametrize("shift, scale", [(0.0, 1), (0.5, 1), (0.5, 100)])
+def test_kl_gradient_is_that_of_the_reverse_kl(shift, scale):
+    """Exact expectation over a 6-way softmax, on-policy and off-policy (the rollout's logits differ by noise), also for
+    a KL of hundreds of nats."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
-    ref = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
+    ref = (scale * torch.randn(6, generator=generator, dtype=torch.float64)).log_softmax(0)
     old = (logits.detach() + shift * torch.randn(6, generator=generator, dtype=torch.float64)).log_softmax(0)
     logprobs = logits.log_softmax(0)
     (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True)
@@ -425,13 +317,6 @@ def test_kl_gradient_is_that_of_the_reverse_kl(shift):
         total = total + old[action].exp() * loss
     (gradient,) = torch.autograd.grad(total, logits)
     assert torch.allclose(gradient, beta * expected, atol=1e-10)
-
-
-def test_a_large_kl_keeps_a_finite_gradient():
-    logprobs, mask = torch.tensor([[-0.1]], requires_grad=True), torch.ones(1, 1, dtype=torch.bool)
-    inputs = logprobs, logprobs.detach(), torch.zeros(1), mask, 0.2, 0.28, "dapo"
-    loss, _ = grpo_loss(*inputs, torch.tensor([[-300.0]]), 1.0)
-    assert torch.autograd.grad(loss, logprobs)[0].item() == pytest.approx(299.9)
 
 
 def test_learning_rate_schedule_warms_up_and_ends_exactly():
@@ -467,15 +352,6 @@ def test_rewards_by_hand():
     assert accuracy_reward("", "Paris", "Paris") is None and accuracy_reward("", "1", None) is None
     shown = [format_reward("", c, None) for c in ("-12=132", "132", "#### 4", "2+2 is 4\n#### 4")]
     assert shown == [1.0, 0.0, 0.0, 1.0]
-
-
-def test_embedded_problems_are_the_same_for_every_seed_and_keep_mirror_images_together():
-    train, held_out = grpo_llm.addition_rows()
-    prompts = [{row["prompt"] for row in rows} for rows in (train, held_out)]
-    assert len(train) + len(held_out) == len(prompts[0] | prompts[1]) == 8100 and 512 <= len(held_out) <= 530
-    mirrored = {"{1}+{0}=".format(*prompt[:-1].split("+")) for prompt in prompts[1]}
-    assert mirrored == prompts[1]
-    assert grpo_llm.addition_rows() == (train, held_out)
 
 
 def test_hasty_demonstrators_forget_the_carry():
@@ -580,7 +456,7 @@ def test_reward_model_scores_are_the_classifiers_own_also_in_a_batch(template, k
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
-    samples = reward_samples(["1", "1+2=3", "a" * 10, "12345"])
+    samples, long = reward_samples(["1", "1+2=3", "a" * 10, "12345"]), reward_samples(["1" * 40, "1" * 14])
     for normalize in (False, True):
         args = Args(reward_model_path=str(tmp_path), normalize_reward_model=normalize, max_tokens_per_microbatch=32)
         score = grpo_llm.load_reward_model(args, torch.device("cpu"))
@@ -589,14 +465,7 @@ def test_reward_model_scores_are_the_classifiers_own_also_in_a_batch(template, k
         ids = tokenizer("7=1" if template is None else "u7=a1", return_tensors="pt").input_ids
         expected = model(input_ids=ids).logits.item()
         assert together[0].item() == pytest.approx((expected - 0.5) / 2 if normalize else expected, abs=1e-5)
-
-
-def test_a_text_beyond_the_reward_models_context_is_cut_at_its_end(tmp_path):
-    small = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    save_reward_model(tmp_path, BertConfig(**small, intermediate_size=64, max_position_embeddings=16))
-    make_tokenizer().save_pretrained(tmp_path)
-    score = grpo_llm.load_reward_model(Args(reward_model_path=str(tmp_path)), torch.device("cpu"))
-    assert torch.allclose(score(reward_samples(["1" * 40])), score(reward_samples(["1" * 14])), atol=1e-6)
+        assert torch.allclose(*score(long), atol=1e-6) == (kind == "bert")  # its context has room for 16 tokens
 
 
 # ---- whole runs: files and failures
@@ -620,20 +489,6 @@ def test_what_a_run_leaves_and_prints(tiny, capsys):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
     assert not list(folder.glob("*.tmp"))
-
-
-def test_microbatch_budget_and_gradient_checkpointing_do_not_change_the_result(tiny, tmp_path):
-    reference = None
-    for number, flags in enumerate((
-        {}, {"max_tokens_per_microbatch": 24}, {"max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True},
-    )):  # fmt: skip
-        args = tiny(output_dir=str(tmp_path / str(number)), max_steps=2, learning_rate=1e-3, **flags)
-        main(args)
-        found = weights(run_folder(args))
-        norms = [norm for _, norm in scalars(run_folder(args))["train/grad_norm"]]  # Adam hides a wrong scale
-        reference = reference or (found, norms)
-        assert all(torch.allclose(found[name], reference[0][name], atol=1e-5) for name in found)
-        assert norms == pytest.approx(reference[1], rel=1e-4)
 
 
 def test_held_out_rows_share_no_prompt_with_training_and_are_the_same_for_every_seed(tiny, tmp_path, monkeypatch):
@@ -677,37 +532,6 @@ def test_parquet_folders_and_split_names(tiny, tmp_path):
         load(dataset_name=folder, dataset_test_split="nonsense")
 
 
-def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny):
-    args = tiny(bf16=True, max_steps=2)
-    metrics = main(args)
-    difference = scalars(run_folder(args))["train/sampling/sampling_logp_difference/max"][0][1]
-    assert 1e-4 < difference < 0.1  # in fp32 it would be smaller
-    assert {x.dtype for x in weights(run_folder(args)).values()} == {torch.float32}
-    assert abs(metrics["eval/kl_before"]) < 0.05 and metrics["eval/kl"] != 0
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_and_model(tiny, tmp_path, model_folder):
-    """The limit is on the size of a file; a second save in the same process would be killed by its signal."""
-    args = tiny(max_steps=4, save_steps=2)
-    main(args)
-    folder = run_folder(args)
-    state, model = torch.load(folder / "checkpoint.pt", weights_only=True), load_file(folder / "model/model.safetensors")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saved = json.loads((folder / "args.json").read_text())
-    saved["args"]["max_steps"] = 6
-    (folder / "args.json").write_text(json.dumps(saved))
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
-        with pytest.raises((OSError, RuntimeError, grpo_llm.SafetensorError)):
-            main(Args(resume=str(folder)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    again = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert again["step"] == state["step"] == 4
-    after = load_file(folder / "model/model.safetensors")
-    assert all(torch.equal(model[name], after[name]) for name in model)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_a_reward_that_is_no_number_names_the_prompt(tiny, monkeypatch, value):
     def broken_reward(prompt, completion, answer):
@@ -716,21 +540,6 @@ def test_a_reward_that_is_no_number_names_the_prompt(tiny, monkeypatch, value):
     monkeypatch.setattr(grpo_llm, "REWARDS", ((broken_reward, 1.0),))
     with pytest.raises(ValueError, match=r"no reward is a number for the prompt '\d\+\d='"):
         main(tiny())
-
-
-def test_resume_refuses_other_flags_and_other_scripts(tiny):
-    args = tiny(max_steps=2)
-    main(args)
-    folder = run_folder(args)
-    with pytest.raises(ValueError, match="--learning_rate"):
-        main(Args(resume=str(folder), learning_rate=1.0))
-    saved = json.loads((folder / "args.json").read_text())
-    (folder / "args.json").write_text(json.dumps({**saved, "script": "dpo.py"}))
-    with pytest.raises(ValueError, match="dpo.py"):
-        main(Args(resume=str(folder)))
-    (folder / "checkpoint.pt").unlink()
-    with pytest.raises(ValueError, match="start that run again"):
-        main(Args(resume=str(folder)))
 
 
 def test_the_embedded_run_starts_from_its_supervised_model_and_resumes(tmp_path):

@@ -108,17 +108,14 @@ def test_the_tags_of_two_steps_are_those_computed_by_hand(run, model_folder, fla
     assert max(result.tags["train/sampling/sampling_logp_difference/max"]) < 1e-4 < max(result.tags["train/grad_norm"])
 
 
-def test_on_policy_only_cispos_loss_is_not_zero(run):
-    for loss_type in ("dapo", "grpo", "dr_grpo", "cispo"):  # completions of equal length
-        losses = run(loss_type=loss_type, max_steps=2, max_completion_length=1).tags["train/loss"]
-        assert max(map(abs, losses)) > 1e-3 if loss_type == "cispo" else max(map(abs, losses)) < 1e-5
-
-
-def test_with_one_update_per_rollout_the_ratio_is_exactly_1(run):
+def test_with_one_update_per_rollout_the_ratio_is_exactly_1_also_in_bf16(run):
     gspo = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
     for flags in ({}, {"bf16": True, **gspo}):
-        tags = run(learning_rate=3e-2, max_tokens_per_microbatch=60, **flags).tags
-        assert all(tags[tag] == [0.0] * 4 for tag in OFF_POLICY)
+        result = run(learning_rate=3e-2, max_tokens_per_microbatch=60, **flags)
+        assert all(result.tags[tag] == [0.0] * 4 for tag in OFF_POLICY)
+    assert 1e-4 < result.tags["train/sampling/sampling_logp_difference/max"][0] < 0.1  # in fp32 it would be smaller
+    assert {x.dtype for x in weights(result.folder).values()} == {torch.float32}
+    assert abs(result.metrics["eval/kl_before"]) < 0.05 and result.metrics["eval/kl"] != 0
 
 
 def test_later_updates_of_a_rollout_are_made_and_clipped_at_each_sides_epsilon(run, model_folder):
@@ -150,11 +147,6 @@ def test_groups_of_equal_rewards_learn_the_kl_and_nothing_else(run, beta):
     equal = [share == 1 for share in tags["train/frac_reward_zero_std"]]
     later = [norm for step, norm in enumerate(tags["train/grad_norm"]) if equal[step] and not all(equal[:step])]
     assert later and all(norm > 1e-4 if beta else norm == 0 for norm in later)
-
-
-def test_without_a_learning_signal_no_weight_changes(run, model_folder):
-    result = run(lambda *_: 0.1, num_generations=7, generation_batch_size=14, max_steps=2)
-    assert result.tags["train/grad_norm"] == [0.0, 0.0] and largest_change(result, model_folder) == 0
 
 
 def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, model_folder):
@@ -241,10 +233,11 @@ def test_held_out_sums_are_the_same_for_every_seed_and_never_demonstrated(run, m
         assert len(shown) > 100 and all(eval(c[0][:-1]) == int(c[2]) for c in result.train[0])
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 6 and learned[0][:99] != learned[1][:99]
     assert (embeddings[0] - embeddings[1]).abs().mean() > 0.05  # far more than so few steps change
-    train, held_out = ({row["prompt"] for row in rows} for rows in grpo_llm.addition_rows())
+    rows = grpo_llm.addition_rows()
+    train, held_out = ({row["prompt"] for row in split} for split in rows)
     mirrored = {"{1}+{0}=".format(*prompt[:-1].split("+")) for prompt in held_out}
     assert {*learned[0], *learned[1]} <= train and not (held_out | mirrored) & train
-    assert len(train | held_out) == 8100 and 400 < len(held_out) < 700
+    assert len(train | held_out) == sum(map(len, rows)) == 8100 and 512 <= len(held_out) <= 530
 
 
 def test_the_supervised_model_learns_the_demonstrations_with_their_end_and_not_the_prompts(tmp_path, monkeypatch):

@@ -63,30 +63,6 @@ def test_the_score_lands_on_the_last_real_token():
     assert all(torch.equal(x, scores[:, None] * mask) for x in gae(free, torch.zeros(3, 4), mask, 1.0, 1.0))
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
-def test_gae_is_the_double_sum(gamma, lam):
-    """Schulman et al. 2016, eq. 16, term by term; what stands behind a response's end does not matter."""
-    rewards, values = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    advantages, returns = gae(rewards, values, MASK, gamma, lam)
-    for i, length in enumerate(LENGTHS):
-        following = [*values[i, 1:length].tolist(), 0.0]
-        deltas = [rewards[i, t] + gamma * following[t] - values[i, t] for t in range(length)]
-        for t in range(length):
-            expected = sum((gamma * lam) ** l * delta.item() for l, delta in enumerate(deltas[t:]))
-            assert advantages[i, t].item() == pytest.approx(expected, abs=1e-12)
-            assert returns[i, t].item() == pytest.approx(expected + values[i, t].item(), abs=1e-12)
-        assert not advantages[i, length:].any() and not returns[i, length:].any()
-
-
-def test_whitening_runs_over_real_tokens_and_can_keep_the_mean():
-    values = torch.where(MASK, torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * 4 + 7, 1e6)
-    for shift_mean, mean in ((True, 0.0), (False, values[MASK].mean().item())):
-        white = whiten(values, MASK, shift_mean=shift_mean)
-        assert white[MASK].mean().item() == pytest.approx(mean, abs=1e-5) and not white[~MASK].any()
-        assert white[MASK].std().item() == pytest.approx(1.0, rel=1e-5)
-    assert whiten(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]])).tolist() == [[0.0, 0.0]]
-
-
 def test_loss_by_hand():
     """Two responses: of a token whose ratio is clipped, and of two, one with a value beyond its range."""
     mask, advantages = torch.tensor([[True, False], [True, True]]), torch.tensor([[1.0, 9.0], [2.0, -3.0]])
@@ -134,17 +110,6 @@ def test_entropy_bonus_has_the_gradient_of_the_entropy():
         ppo_loss(new, old.view(6, 1), *columns, new < 0, 0.2, 0.2, 0.1, ent_coef=1.0, num_tokens=1)[0].backward()
         (gradient,) = torch.autograd.grad(old.exp() * new.grad[:, 0] @ logprobs, logits, retain_graph=True)
         assert torch.allclose(-gradient, expected, atol=1e-10)
-
-
-def test_without_clipping_and_whitening_one_step_is_reinforce_with_the_value_as_baseline():
-    """gamma = lambda = 1: d loss / d log pi_t = -(reward-to-go_t - V_t) / tokens."""
-    logprobs, log_ratio, values = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))
-    rewards, old_logprobs = token_rewards(log_ratio[:, 0] * 3, log_ratio, MASK, 0.05), logprobs.clone()
-    advantages, returns = gae(rewards, values, MASK, 1.0, 1.0)
-    columns = (logprobs.requires_grad_(), old_logprobs, advantages, values, values, returns, MASK)
-    ppo_loss(*columns, math.inf, math.inf, 0.0)[0].backward()
-    to_go = rewards.flip(1).cumsum(1).flip(1)  # the score minus the coming tokens' costs
-    assert torch.allclose(logprobs.grad, (values - to_go) * MASK / MASK.sum(), atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
@@ -381,20 +346,6 @@ def test_the_value_loss_moves_a_shared_backbone_and_not_a_separate_policy(run, m
     result, initial = run(lambda *_: 0.5, **flags), load(model_folder).state_dict()
     assert result.tags["val/grad_norm"][0] > 1e-2 and (result.tags["train/grad_norm"][0] > 1e-4) == shared
     assert all(torch.equal(x, initial[name]) for name, x in weights(result.folder).items()) == (not shared)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_run_resumes_exactly(run, shared):
-    flags = {"share_value_backbone": shared, "lr_scheduler_type": "constant", "warmup_steps": 6}
-    whole, begun = run(max_steps=2, **flags), run(max_steps=1, **flags)
-    saved = begun.folder / "args.json"
-    saved.write_text(saved.read_text().replace('"max_steps": 1', '"max_steps": 2'))
-    rest = run(resume=begun.folder, **flags)
-    assert {**rest.metrics, "wall_seconds": 0} == {**whole.metrics, "wall_seconds": 0} and len(rest.train) == 1
-    for part in ("model", "critic"):
-        assert all(torch.equal(x, rest.checkpoint[part][name]) for name, x in whole.checkpoint[part].items())
-    tags = [tag for tag in whole.tags if not tag.startswith(("eval", "charts/SPS"))]
-    assert all(whole.tags[tag] == rest.tags[tag] and len(rest.tags[tag]) == 2 for tag in tags)
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(run):

@@ -258,7 +258,7 @@ BAD_INPUTS = [
     ("gail", {"env_id": "Blackjack-v1"}, "has observations Tuple"),
     ("gail", {"constant_action": 2}, "--constant-action 2 must be in Discrete(2)"),
     ("gail", {"env_id": "Pendulum-v1", "constant_action": 0}, "--constant-action 0 must be in Box"),
-    ("gail", {"demos": demos(), "constant_action": 0}, "--constant-action 0 must be in Discrete(2), without --demos"),
+    ("gail", {"demos": demos(), "constant_action": 0}, "--constant-action 0 must be in Discrete(2), and excludes --demos"),
     ("gail", {"demos": "missing.npz"}, "--demos missing.npz cannot be read"),
     ("gail", {"demos": file("text.npz", b"obs act lengths")}, "text.npz cannot be read as .npz"),
     ("gail", {"demos": file("torn.npz", b"PK\x03\x04")}, "torn.npz cannot be read as .npz"),
