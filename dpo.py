@@ -5,17 +5,16 @@
 # ///
 """DPO: train a language model on preferences, without a reward model and without sampling.
 
-Each prompt x has two answers; y_w is preferred to y_l. A policy that maximizes a reward under a KL penalty determines
-that reward: it is beta log pi / pi_ref plus a term of x alone, which cancels when two answers are compared. So the
-likelihood of the preferences (Bradley-Terry) is a loss for the policy itself.
+Each prompt x has two answers; y_w is preferred to y_l. If a policy pi maximizes a reward under a KL penalty, then that
+reward is beta log(pi / pi_ref) plus a term in x alone, which cancels when two answers are compared. So the policy can
+be trained directly, by maximizing the Bradley-Terry likelihood of the preferences.
 
-    L(theta) = -E[ log sigmoid( beta (log pi(y_w|x) / pi_ref(y_w|x) - log pi(y_l|x) / pi_ref(y_l|x)) ) ]
+    L(theta) = -E[ log sigmoid( beta log(pi(y_w|x) / pi_ref(y_w|x)) - beta log(pi(y_l|x) / pi_ref(y_l|x)) ) ]
 
-Rafailov et al. 2023, arXiv:2305.18290, eq. 7. dpo_loss names the papers of the variants.
+Rafailov et al. 2023, arXiv:2305.18290, eq. 7. The variants' papers are cited in dpo_loss.
 
     python dpo.py                                  # laptop, offline: a tiny model learns to show its work
-    python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
-        --dataset-name trl-lib/ultrafeedback_binarized --learning-rate 5e-7                             # one GPU
+    python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/tldr-preference   # one GPU
     torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
     python dpo.py --resume runs/<run folder>       # continue exactly from the last checkpoint
 
@@ -85,15 +84,15 @@ class Args:
     # ---- DPO
     ref_model_name_or_path: str | None = None  # hub name or folder. None: the model that training starts from
     num_train_epochs: float = 1.0  # passes over the training pairs
-    max_steps: int | None = None  # optimizer steps, instead of --num-train-epochs
+    max_steps: int | None = None  # optimizer steps. None: as many as --num-train-epochs takes
     eval_steps: int = 50  # steps between evaluations
     save_steps: int = 50  # steps between checkpoints
     learning_rate: float | None = None  # peak. None: 3e-4 for the tiny model, else 1e-6
     train_batch_size: int = 64  # pairs per optimizer step, over all processes
-    max_length: int = 1024  # tokens of prompt and answer. The excess is cut off the answer's end
-    beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Larger for ipo and sigmoid_norm
+    max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
+    beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Set it higher for ipo, sigmoid_norm
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # loss of the log ratios
-    label_smoothing: float = 0.0  # share of wrong labels, below 0.5, for sigmoid(_norm) and robust
+    label_smoothing: float = 0.0  # assumed share of flipped labels, below 0.5: sigmoid(_norm) and robust
     rpo_alpha: float | None = None  # weight of the chosen answers' NLL per token. None: 1 for the tiny model, else 0
 
 
@@ -102,18 +101,18 @@ def dpo_loss(
     beta: float, loss_type: str, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, chosen rewards and rejected rewards, each (R,), from log-probabilities (R,) of answers, in nats. Rewards
-    have no gradient. For ipo and sigmoid_norm, main passes means over tokens: these are smaller, so beta is larger."""
+    are detached. For ipo and sigmoid_norm, main passes per-token means. These are smaller and need a larger beta."""
     chosen_log_ratio = policy_chosen_logps - ref_chosen_logps  # (R,)
     rejected_log_ratio = policy_rejected_logps - ref_rejected_logps  # (R,)
     difference, e = chosen_log_ratio - rejected_log_ratio, label_smoothing  # (R,)
     right, wrong = (-nn.functional.logsigmoid(x) for x in (beta * difference, -beta * difference))  # (R,) each
     if loss_type in ("sigmoid", "sigmoid_norm"):  # DPO eq. 7. With means: Tulu 3, arXiv:2411.15124
         losses = (1 - e) * right + e * wrong  # smoothed: cDPO eq. 3, ericmitchell.ai/cdpo.pdf
-    elif loss_type == "robust":  # rDPO, arXiv:2403.00409: unbiased if a share e of the labels is wrong
+    elif loss_type == "robust":  # rDPO, arXiv:2403.00409: unbiased if a fraction e of labels is flipped
         losses = ((1 - e) * right - e * wrong) / (1 - 2 * e)
     elif loss_type == "hinge":  # SLiC's hinge on DPO's log ratios: RSO, arXiv:2309.06657
         losses = (1 - beta * difference).relu()
-    else:  # IPO, arXiv:2310.12036, eq. 17: the best difference is 1 / (2 beta)
+    else:  # IPO, arXiv:2310.12036, eq. 17: the optimal difference is 1 / (2 beta)
         losses = (difference - 1 / (2 * beta)).square()
     return losses, (beta * chosen_log_ratio).detach(), (beta * rejected_log_ratio).detach()
 
@@ -257,7 +256,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
 
 
 def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt and of (the beginning of) an answer: by the chat template, or as plain text."""
+    """Token ids of a prompt plus an answer or its first turns, from the chat template or as plain text."""
     if tokenizer.chat_template is not None:
         turns, is_open = prompt + answer, not answer or answer[-1]["role"] != "assistant"
         return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, tokenize=True, return_dict=False)
@@ -267,14 +266,14 @@ def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrain
 
 
 def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerBase) -> tuple:
-    """Ids of an answer after its prompt's, and whether each counts: those of assistant turns, with their end, do."""
+    """Token ids of an answer, and whether each counts: only assistant turns do, with their end-of-turn tokens."""
     whole, completion, mask = conversation_ids(prompt, [], tokenizer), [], []
     for end, turn in enumerate(answer, 1):
         longer, is_ended = conversation_ids(prompt, answer[:end], tokenizer), tokenizer.chat_template is not None
         ids = longer[len(whole) :]
-        if longer[: len(whole)] != whole:  # tokens merge across the border
+        if longer[: len(whole)] != whole:  # a token spans the end of one turn and the start of the next
             if is_ended and len(answer) > 1:
-                raise ValueError(f"--dataset-name: row {number}: the chat template changes earlier turns")
+                raise ValueError(f"--dataset-name: row {number}: the chat template rewrites earlier turns")
             ids, is_ended = tokenizer(turn["content"], add_special_tokens=False).input_ids, False
         whole, is_assistant = whole + ids, turn["role"] == "assistant"
         ids = ids + [tokenizer.eos_token_id] * (is_assistant and not is_ended)
@@ -284,13 +283,13 @@ def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer
 
 
 def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Pairs {prompt, answer, ids, completions, masks} of rows, chosen first. Some are left out, and counted."""
+    """Pairs {prompt, answer, ids, completions, masks} of rows, chosen first. Prints how many are left out."""
     pairs = []
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
         turns, answers = split_row(row, number, tokenizer.chat_template is not None)
         if len(answers) != 2:
-            raise ValueError(f"--dataset-name: row {number} has {len(answers)} completions, but DPO compares two")
+            raise ValueError(f"--dataset-name: row {number} has {len(answers)} completions, but DPO needs exactly two")
         prompt, ids = "\n".join(turn["content"] for turn in turns), conversation_ids(turns, [], tokenizer)
         room = max(0, max_length - len(ids))
         encoded = [encode_answer(turns, answer, number, tokenizer) for answer in answers]
@@ -350,8 +349,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
-    prompt's positions."""
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues it."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
@@ -384,8 +382,7 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
 
 
 def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Iterator[tuple]:
-    """Micro-batches of about max_tokens: indices of R pairs, and the log-probabilities (R, 2) of their answers, which
-    are sums over the tokens that count."""
+    """Yield micro-batches of about max_tokens: indices of R pairs, and log-probabilities (R, 2) of their answers."""
     lengths, batches = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs], [[]]
     for i in sorted(range(len(pairs)), key=lengths.__getitem__):  # pairs of similar length need little padding
         if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > max_tokens:
@@ -401,12 +398,12 @@ def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autoc
 
 @torch.no_grad()
 def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Tensor:
-    """Log-probabilities (N, 2) of all pairs. The processes share the work."""
+    """Log-probabilities (N, 2) of all pairs, without gradients. Each process computes a share."""
     model.eval()
     logps = torch.zeros(len(pairs), 2, device=model.device)  # (N, 2)
     share = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))
     for mb, values in pair_logps(model, pairs[share], max_tokens, autocast):
-        logps[share][mb] = values
+        logps[share][mb] = values  # a slice is a view
     if dist.is_initialized():
         dist.all_reduce(logps)
     return logps
@@ -428,6 +425,8 @@ def main(args: Args) -> dict[str, float]:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if B < world_size:
+        raise ValueError(f"--train-batch-size {B} is less than the number of processes, {world_size}")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -456,15 +455,15 @@ def main(args: Args) -> dict[str, float]:
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
-        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+        test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
     held_out = held_out[: args.max_eval_samples]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     ids = held_out[0]["ids"] + held_out[0]["completions"][0]
     loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
     if abs(loss + completion_logprobs(model, [ids[:1]], [ids[1:]], 1.0).mean()) > 1e-3:
-        raise ValueError(f"{type(model).__name__} is not supported: it changes the logits after its head")
+        raise ValueError(f"{type(model).__name__} is not supported: it scales or caps the logits of its head")
     num_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -481,11 +480,12 @@ def main(args: Args) -> dict[str, float]:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-    else:  # computed once: training holds no reference model
-        reference, _ = load_pretrained(args.ref_model_name_or_path or initial, "--ref-model-name-or-path")
-        ref_logps = all_logps(reference.to(device), train + held_out, args.max_tokens_per_microbatch, autocast)
-        progress["ref_logps"] = ref_logps.cpu()  # (N, 2)
-        del reference
+    else:  # computed once, so no reference model is in memory during training
+        frozen, own_tokenizer = load_pretrained(args.ref_model_name_or_path or initial, "--ref-model-name-or-path")
+        if not tokenizer.get_vocab().items() <= own_tokenizer.get_vocab().items():
+            raise ValueError("--ref-model-name-or-path needs the token ids of --model-name-or-path")
+        progress["ref_logps"] = all_logps(frozen.to(device), train + held_out, args.max_tokens_per_microbatch, autocast)
+        del frozen
     for pair, ref_logps in zip(train + held_out, progress["ref_logps"].tolist()):
         pair["ref_logps"] = ref_logps
     if rank == 0:
@@ -494,7 +494,7 @@ def main(args: Args) -> dict[str, float]:
             (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
 
     def losses_and_stats(pairs: list[dict], logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (R,) of pairs with the policy's log-probabilities logps (R, 2), and what is logged, each (R,)."""
+        """Losses (R,) of pairs, from the policy's log-probabilities logps (R, 2), and statistics to log, each (R,)."""
         lengths = torch.tensor([[sum(mask) for mask in pair["masks"]] for pair in pairs], device=device)  # (R, 2)
         ref_logps = torch.tensor([pair["ref_logps"] for pair in pairs], device=device)  # (R, 2)
         scale = 1 / lengths if args.loss_type in ("ipo", "sigmoid_norm") else torch.ones_like(lengths)  # (R, 2)
@@ -510,12 +510,12 @@ def main(args: Args) -> dict[str, float]:
         }
 
     def evaluate(step: int) -> dict[str, float]:
-        """Metrics on held-out pairs. For the tiny model also the share of sampled answers that are right."""
+        """Metrics on held-out pairs. For the tiny model, also the accuracy of sampled answers."""
         _, stats = losses_and_stats(held_out, all_logps(model, held_out, args.max_tokens_per_microbatch, autocast))
         results = {f"eval/{name}": value.mean().item() for name, value in stats.items()}
         if args.model_name_or_path is None:
             query = tokenizer([pair["prompt"] for pair in held_out], return_tensors="pt").input_ids.to(device)  # (N, L)
-            torch.manual_seed(args.seed)  # the same random numbers each time; training needs none
+            torch.manual_seed(args.seed)  # same samples at every evaluation; training uses no RNG
             whole = model.generate(query, max_new_tokens=16, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
             texts = tokenizer.batch_decode(whole[:, query.shape[1] :], skip_special_tokens=True)
             right = [text.split("=")[-1] == pair["answer"] for text, pair in zip(texts, held_out)]

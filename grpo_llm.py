@@ -97,7 +97,7 @@ class Args:
     temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
     reward_model_path: str | None = None  # sequence classifier with one logit, added to the rewards
-    normalize_reward_model: bool = False  # scale to mean 0, variance 1 on reward_model.py's data
+    normalize_reward_model: bool = False  # normalize its scores by reward_mean and reward_std of its config
     loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens. grpo: per completion first
     scale_rewards: Literal["group", "none"] = "group"  # divide by the group's std. none: Dr. GRPO
     importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token, or per completion (GSPO)
@@ -151,7 +151,7 @@ def grpo_loss(
     else:
         loss = losses.sum() / num_tokens  # DAPO eq. 8
     stats = {
-        "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3: distance from the policy before the update
+        "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3 estimate of KL(pi_old || pi)
         "train/clip_ratio/low_mean": too_low.float(), "train/clip_ratio/high_mean": too_high.float(),
         "train/clip_ratio/region_mean": (too_low | too_high).float(),
     }
@@ -457,8 +457,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
-    prompt's positions."""
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues it."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
@@ -566,8 +565,8 @@ def main(args: Args) -> dict[str, float]:
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
-        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+        test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
     held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
@@ -598,11 +597,11 @@ def main(args: Args) -> dict[str, float]:
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
 
     def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
-        """k samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*k, T)."""
+        """k samples {..., completion, text} per example of this process's share; their logprobs and mask (P*k, T)."""
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
-        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # of lower ranks
+        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # lower ranks' draws
         with autocast():
             response, logprobs, mask = sample(
                 model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,
@@ -653,7 +652,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start, seed = time.time(), args.seed * 1_000_000 + step  # order and seed need no checkpoint
+        step_start, seed = time.time(), args.seed * 1_000_000 + step  # functions of step: no RNG state to save
         samples, sampler_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
         stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
 
@@ -720,7 +719,7 @@ def main(args: Args) -> dict[str, float]:
             "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
         if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):
-            raise ValueError(f"{type(model).__name__} is not supported: sampler and update disagree (scaled logits?)")
+            raise ValueError(f"{type(model).__name__} is not supported: sampler and loss give different logprobs")
         bar.set_postfix_str(f"reward {logs['train/reward']:.2f}, length {logs['train/completions/mean_length']:.1f}")
         if rank == 0:
             for name, value in logs.items():

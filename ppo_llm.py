@@ -5,11 +5,11 @@
 # ///
 """PPO: train a language model by reinforcement learning from human feedback (RLHF), with a learned value function.
 
-The policy samples a response to each prompt, and a Python function or a reward model scores the whole response. Each
-token is penalized for its distance to the initial model. A value network predicts the rewards still to come, and the
-update raises or lowers each token's probability by its advantage over that prediction, within a clipped trust region.
+The policy samples a response to each prompt, and Python functions or a reward model score the whole response. A
+per-token KL penalty keeps the policy near the initial model. A value network predicts the rewards still to come, and
+the clipped update raises or lowers each token's probability by its advantage over that prediction.
 
-    r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  and at the last token also + score(x, y)
+    r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  plus score(x, y) at the last token
     A_t = sum_l (gamma lambda)^l delta_t+l,   delta_t = r_t + gamma V(x, y_<t+1) - V(x, y_<t),   R_t = A_t + V(x, y_<t)
     L(theta) = -E[min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)]
                + c E[max((V - R_t)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R_t)^2)] / 2,   rho_t = pi / pi_old
@@ -98,25 +98,25 @@ class Args:
     save_steps: int = 20  # steps between checkpoints
     learning_rate: float | None = None  # peak, of both networks. None: 1e-3 for the tiny model, else 3e-6
     generation_batch_size: int = 256  # completions per rollout, over all prompts and processes
-    num_generations: int = 1  # G, completions per prompt. PPO needs one; several share the prompt's computation
+    num_generations: int = 1  # G, completions per prompt. PPO needs only one; more share the work of reading the prompt
     max_completion_length: int = 256  # tokens after which a completion is cut off
     temperature: float = 1.0  # divides the logits in the sampler and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
-    reward_model_path: str | None = None  # sequence classifier with one logit: the reward. Functions are only logged
-    normalize_reward_model: bool = False  # scale to mean 0, variance 1 on reward_model.py's data
+    reward_model_path: str | None = None  # one-logit sequence classifier as the reward. REWARDS are then only logged
+    normalize_reward_model: bool = False  # normalize its scores by reward_mean and reward_std of its config
     num_ppo_epochs: int = 4  # passes over each rollout (Ziegler et al. 2019)
     num_mini_batches: int = 1  # optimizer steps per pass. A prompt's completions stay together
-    target_kl: float | None = None  # skip a rollout's remaining passes once a pass has a mean KL per token above this
-    kl_coef: float = 0.05  # beta: what a nat of log pi / pi_ref costs in the reward (Huang et al. 2024)
+    target_kl: float | None = None  # no further passes over a rollout after one whose mean KL per token is above this
+    kl_coef: float = 0.05  # beta: reward penalty per nat of log pi / pi_ref (default of Huang et al. 2024)
     gamma: float = 1.0  # discount per token (Ziegler et al. 2019)
     lam: float = 0.95  # lambda of GAE (Ziegler et al. 2019)
     epsilon: float = 0.2  # the ratio is clipped to 1 +- epsilon
-    cliprange_value: float = 0.2  # a new value counts as at most this far from the rollout's
-    vf_coef: float = 0.1  # weight of the value loss, most important with --share-value-backbone
+    cliprange_value: float = 0.2  # the value loss clips new values to within this distance of the rollout's
+    vf_coef: float = 0.1  # weight of the value loss. Matters mainly with --share-value-backbone
     ent_coef: float = 0.0  # weight of the entropy bonus
-    whiten_rewards: bool = False  # divide token rewards by their standard deviation; their mean stays
+    whiten_rewards: bool = False  # scale token rewards to unit variance about their mean, which is kept
     missing_eos_penalty: float = 0.0  # subtracted from the score of a training completion without a stop token
-    share_value_backbone: bool = False  # value head on the policy: half the memory, but it trains the policy too
+    share_value_backbone: bool = False  # value head on the policy: saves memory, but its loss also trains the policy
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -146,12 +146,12 @@ def ppo_loss(
     mask: Tensor, epsilon: float, cliprange_value: float, vf_coef: float, ent_coef: float = 0.0,
     num_tokens: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate plus vf_coef times the clipped value loss, to be minimized, and statistics. Inputs are
-    (B, T), and all results are means over tokens.
+    """The loss to minimize (PPO's clipped surrogate plus vf_coef times the clipped value loss) and statistics. Tensors
+    are (B, T); results are means over tokens.
 
-    num_tokens counts the whole minibatch, so that the losses of its micro-batches and processes add up.
-    On-policy the policy's loss is minus the mean advantage, 0 after whitening, but its gradient is not 0.
-    The entropy bonus has the gradient of the entropy, estimated at the sampled tokens; its value is not the entropy."""
+    num_tokens is the token count of the whole minibatch, so that losses add up over micro-batches and processes.
+    On-policy, the policy loss is minus the mean advantage (0 if whitened), but its gradient is not 0.
+    The entropy term has the right gradient, estimated from the sampled tokens, but its value is not the entropy."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.exp()  # (B, T)
@@ -163,7 +163,7 @@ def ppo_loss(
     def mean(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum() / num_tokens
 
-    policy_loss = mean(torch.max(unclipped, clipped))  # eq. 7
+    policy_loss = mean(torch.max(unclipped, clipped))  # eq. 7, negated
     value_loss = mean(torch.max(errors, errors_clipped)) / 2
     loss = policy_loss + vf_coef * value_loss  # eq. 9
     if ent_coef != 0.0:
@@ -171,7 +171,7 @@ def ppo_loss(
     stats = {
         "loss/policy_avg": policy_loss,
         "loss/value_avg": value_loss,
-        "policy/approxkl_avg": mean(ratio - 1 - log_ratio),  # k3: distance from the policy before the update
+        "policy/approxkl_avg": mean(ratio - 1 - log_ratio),  # k3 estimate of KL(pi_old || pi)
         "policy/clipfrac_avg": mean((clipped > unclipped).float()),
         "val/clipfrac_avg": mean((errors_clipped > errors).float()),
         "val/ratio": mean(ratio),
@@ -367,8 +367,8 @@ def load_reward_model(args: Args, device: torch.device) -> Callable[[list[dict]]
 def load_value_model(
     args: Args, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, initial: str
 ) -> tuple[PreTrainedModel, nn.Linear]:
-    """A value network and its head. It is the policy itself, or starts from the reward model if that has the policy's
-    architecture and token ids (Stiennon et al. 2020, section 3.4), else from the initial policy, with values of 0."""
+    """A value network and its head: the policy itself if shared; else a copy of the reward model (Stiennon et al. 2020,
+    section 3.4) if its model type, width and token ids match; else of the initial policy. A new head outputs 0."""
     head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -500,8 +500,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
-    prompt's positions."""
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues it."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
@@ -536,8 +535,8 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
 def completion_values(
     value_model: PreTrainedModel, value_head: nn.Linear, prompts: list[list[int]], completions: list[list[int]]
 ) -> Tensor:
-    """Values (B, T) of the states before the tokens of B completions; 0 after their end. The head is fp32, also under
-    autocast: a bf16 value has only three significant digits."""
+    """Values (B, T) of the states before each token of B completions; 0 past their ends. The head stays in fp32 under
+    autocast, because bf16 has fewer than three significant digits."""
     hidden, lengths = completion_states(value_model, prompts, completions), [len(c) for c in completions]
     with torch.autocast(hidden.device.type, enabled=False):
         values = value_head(hidden.float())[:, 0]  # (N,)
@@ -580,8 +579,8 @@ def total(x: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """values (B, T) scaled to a standard deviation of 1 (ddof 1, as in TRL) over the real tokens of all processes, with
-    a mean of 0 or, without shift_mean, of what it was; 0 where mask is False."""
+    """Scale values (B, T) to a standard deviation of 1 (ddof 1, as in TRL) over the unmasked tokens of all processes,
+    and shift them to mean 0, or keep their mean if not shift_mean. 0 where mask is False."""
     real, count = values[mask], total(mask)  # (N,)
     mean = total(real) / count
     variance = total((real - mean).square()) / (count - 1).clamp(min=1)
@@ -636,8 +635,8 @@ def main(args: Args) -> dict[str, float]:
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
-        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+        test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
     held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
@@ -672,11 +671,11 @@ def main(args: Args) -> dict[str, float]:
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
 
     def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple[list[dict], Tensor, Tensor]:
-        """k samples {..., completion, text} of each of this process's examples; their logprobs and mask (P*k, T)."""
+        """k samples {..., completion, text} per example of this process's share; their logprobs and mask (P*k, T)."""
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         query = tokenizer.pad({"input_ids": [e["ids"] for e in examples]}, padding_side="left", return_tensors="pt")
-        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # of lower ranks
+        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # lower ranks' draws
         with autocast():
             response, logprobs, mask = sample(
                 model, query.input_ids.to(device), query.attention_mask.to(device), k, args.max_completion_length,
@@ -727,7 +726,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start, seed = time.time(), args.seed * 1_000_000 + step  # order and seed need no checkpoint
+        step_start, seed = time.time(), args.seed * 1_000_000 + step  # functions of step: no RNG state to save
         samples, old_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
         stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
         num_tokens = total(mask)
@@ -755,39 +754,37 @@ def main(args: Args) -> dict[str, float]:
         }  # (P*G, T) each
 
         # ---- update
+        limits = {name: getattr(args, name) for name in ("epsilon", "cliprange_value", "vf_coef", "ent_coef")}
         stats, num_passes, pass_kl = defaultdict(float), 0, 0.0
         difference = torch.full_like(old_logprobs, math.nan)  # (P*G, T)
-        lots = torch.Generator().manual_seed(seed)
+        shuffler = torch.Generator().manual_seed(seed)
         model.train()
         value_model.train()
         for epoch in range(args.num_ppo_epochs):
             if args.target_kl is not None and pass_kl > args.target_kl:
                 break
             kl_before = float(stats["policy/approxkl_avg"])
-            # Each minibatch draws one of every M consecutive prompts, so that all are of equal size in every process.
-            lot = torch.rand(B // G // M, M, generator=lots).argsort(1) + M * torch.arange(B // G // M)[:, None]
-            for minibatch, prompts in enumerate((lot.chunk(world_size)[rank] - rank * B // G // world_size).T):
+            # Each minibatch takes one random prompt from every M consecutive ones: equal sizes in every process.
+            order_within = torch.rand(B // G // M, M, generator=shuffler).argsort(1)  # (B/G/M, M)
+            shuffled = M * torch.arange(B // G // M)[:, None] + order_within  # (B/G/M, M): prompts
+            for minibatch, prompts in enumerate((shuffled.chunk(world_size)[rank] - rank * B // G // world_size).T):
                 chosen = (G * prompts[:, None] + torch.arange(G)).flatten()  # (P/M*G,)
                 minibatch_tokens = total(mask[chosen])
-                limits = {
-                    "epsilon": args.epsilon, "cliprange_value": args.cliprange_value, "vf_coef": args.vf_coef,
-                    "ent_coef": args.ent_coef, "num_tokens": minibatch_tokens,
-                }
                 for mb, *inputs in pack(model, [samples[i] for i in chosen], G, args.max_tokens_per_microbatch):
                     with autocast():
                         mb_logprobs = completion_logprobs(model, *inputs, args.temperature)  # (b, T)
                     mb, T = chosen[mb], mb_logprobs.shape[1]
-                    fixed = {name: x[mb, :T] for name, x in columns.items()} | limits
+                    fixed = {name: x[mb, :T] for name, x in columns.items()} | limits | {"num_tokens": minibatch_tokens}
                     if epoch == minibatch == 0:
                         gap = (mb_logprobs.detach() - fixed["old_logprobs"]).abs()  # (b, T)
                         difference[mb, :T] = torch.where(fixed["mask"], gap, math.nan)
-                    # The old log-probabilities are the sampler's: with M > 1 the policy has moved before most
-                    # minibatches are first visited, and the sampler's rounding is far below epsilon, also in bf16.
-                    policy_loss, _ = ppo_loss(mb_logprobs, values=fixed["old_values"], **fixed)  # no value loss yet
+                    # old_logprobs are the sampler's. Recomputed here they would be wrong for M > 1, as the policy has
+                    # moved since the rollout. The sampler's rounding is small beside epsilon, also in bf16.
+                    policy_loss, _ = ppo_loss(mb_logprobs, values=fixed["old_values"], **fixed)  # value term constant
                     policy_loss.backward()  # frees the policy's graph before the value network builds its own
                     with autocast():
                         mb_values = completion_values(value_model, value_head, *inputs)  # (b, T)
-                    loss, mb_stats = ppo_loss(mb_logprobs.detach(), values=mb_values, **fixed)  # only the value loss
+                    loss, mb_stats = ppo_loss(mb_logprobs.detach(), values=mb_values, **fixed)  # policy term constant
                     loss.backward()
                     for name, value in mb_stats.items():
                         stats[name] += value[None] * minibatch_tokens / num_tokens
@@ -804,7 +801,7 @@ def main(args: Args) -> dict[str, float]:
             num_passes += 1
             pass_kl = total(stats["policy/approxkl_avg"] - kl_before)
         for _ in range((args.num_ppo_epochs - num_passes) * M):
-            scheduler.step()  # skipped passes do not change the schedule
+            scheduler.step()  # skipped passes still advance the schedule
 
         # ---- log: means over the whole update and all processes
         figures = gather({
@@ -815,7 +812,7 @@ def main(args: Args) -> dict[str, float]:
         score, kl = figures["score"].mean(), figures["kl"].mean()
         unexplained, variance = (
             total((x - total(x) / num_tokens).square() * mask) for x in (advantages, returns)
-        )  # times the number of tokens
+        )  # sums of squares; advantages = returns - old_values
         progress["num_tokens"] += int(num_tokens + figures["prompt_length"].sum())
         progress["step"] = step + 1
         logs = {name: x.sum() / num_passes for name, x in gather(stats, device).items()}
@@ -834,7 +831,7 @@ def main(args: Args) -> dict[str, float]:
             "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
         if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):
-            raise ValueError(f"{type(model).__name__} is not supported: sampler and update disagree (scaled logits?)")
+            raise ValueError(f"{type(model).__name__} is not supported: sampler and loss give different logprobs")
         bar.set_postfix_str(f"score {score:.2f}, KL {kl:.2f}, length {num_tokens / B:.1f}")
         if rank == 0:
             for name, value in logs.items():

@@ -3,7 +3,7 @@
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
 #                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
-"""Reward model: learn from comparisons how good an answer is.
+"""Reward model: learn to score answers from human preferences.
 
 Each prompt x comes with answers that a person has ranked. The model reads the prompt with one answer, and a linear head
 on the last token's hidden state gives its reward r(x, y). Training maximizes the likelihood of the rankings, where y_i
@@ -14,8 +14,8 @@ is preferred to y_j with probability sigmoid(r(x, y_i) - r(x, y_j)).
 
 Two answers: Bradley and Terry 1952; Christiano et al., arXiv:1706.03741. Margins: Llama 2, arXiv:2307.09288, eq. 2.
 K answers: Plackett 1975, Luce 1959. --ranking-loss all_pairs: InstructGPT, arXiv:2203.02155, eq. 1.
-Comparisons determine rewards only up to a constant per prompt. The saved config holds the rewards' mean and standard
-deviation over training answers (`reward_mean`, `reward_std`), which the policy scripts can normalize by.
+Comparisons determine rewards only up to a constant per prompt. The saved config holds their mean and standard deviation
+over a sample of training answers (`reward_mean`, `reward_std`), by which the policy scripts can normalize scores.
 
     python reward_model.py                         # laptop, offline: a tiny model learns which sums are right
     python reward_model.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
@@ -63,7 +63,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, 
 
 @dataclass
 class Args:
-    """Reward model: learn from comparisons how good an answer is."""
+    """Reward model: learn to score answers from human preferences."""
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -94,17 +94,17 @@ class Args:
     save_steps: int = 100  # steps between checkpoints
     learning_rate: float | None = None  # peak. None: 7e-4 for the tiny model, else 1e-5
     train_batch_size: int = 64  # rankings per optimizer step, over all processes
-    max_length: int = 1024  # tokens of prompt and answer. The excess is cut off the answer's end
-    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # loss of rankings of three and more
+    max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
+    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # loss for rankings of three or more answers
     center_rewards_coefficient: float = 0.0  # weight of the squared sum of a ranking's rewards (TRL: 0.01)
 
 
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label: Tensor | float = 1.0
 ) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin) over pairs with rewards (B,). label (B,) is the probability that
-    `chosen` is preferred (Christiano et al., section 2.2.3). The margin is required of the preferred one of the two."""
-    difference = chosen - rejected  # (B,)
+    """Mean of -log sigmoid(chosen - rejected - margin) over pairs; arguments broadcast. label is the probability that
+    `chosen` is preferred (Christiano et al., section 2.2.3). margin is the lead required of the preferred answer."""
+    difference = chosen - rejected
     margin = 0.0 if margin is None else margin
     return -(label * logsigmoid(difference - margin) + (1 - label) * logsigmoid(-difference - margin)).mean()
 
@@ -120,8 +120,8 @@ def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def preference_loss(scores: Tensor, margin: Tensor, label: Tensor, kind: str, center: float) -> tuple[Tensor, dict]:
     """Mean loss of R rankings with scores (R, K), best first, and statistics, one value per ranking, pair or answer.
-    margin and label (R,) belong to pairs, K = 2. The kind all_pairs is the mean over all pairs (InstructGPT, eq. 1).
-    `center` times the squared sum of rewards keeps them near 0. A tie is half right; a label of 1/2 has no accuracy."""
+    margin and label (R,) are for pairs (K = 2). kind "all_pairs" averages over all pairs (InstructGPT, eq. 1). center
+    weighs the squared sum of a ranking's scores. Accuracy counts ties as half and leaves out pairs with label 0.5."""
     i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1)  # all pairs i < j
     if scores.shape[1] > 2 and kind == "plackett_luce":
         loss = plackett_luce_loss(scores)
@@ -129,7 +129,7 @@ def preference_loss(scores: Tensor, margin: Tensor, label: Tensor, kind: str, ce
         loss = bradley_terry_loss(scores[:, i], scores[:, j], margin[:, None], label[:, None])
     loss = loss + center * scores.sum(1).square().mean()
     lead = (scores[:, i] - scores[:, j]).detach() * (label - 0.5).sign()[:, None]  # (R, K (K - 1) / 2)
-    lead = lead[label != 0.5].flatten()  # (N,), of the preferred answers
+    lead = lead[label != 0.5].flatten()  # (N,): score of the preferred answer minus the other's
     stats = {"accuracy": (lead.sign() + 1) / 2, "margin": lead, "mean_reward": scores.detach().flatten()}
     return loss, stats | {"loss": loss.detach().expand(len(scores))}
 
@@ -254,8 +254,8 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
 
 
 def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: float) -> list[dict]:
-    """Examples {prompt, ids, answers, margin, label, characters} of rows. Rankings with answers that are equal within
-    max_length tokens, empty prompts or unknown characters are left out."""
+    """Examples {prompt, ids, answers, margin, label, characters} of rows. Leaves out rankings with an empty prompt,
+    unknown characters, or answers that are equal once truncated to max_length tokens."""
     examples, is_plain = [], tokenizer.chat_template is None
     tokenizer.truncation_side = "right"
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
@@ -264,15 +264,15 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_le
         margin, label = (default if row.get(k) is None else row[k] for k, default in (("margin", 0.0), ("label", 1.0)))
         is_valid = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (margin, label)) and 0 <= label <= 1
         if not is_valid or len(answers) < 2 or len(answers) > 2 and (margin, label) != (0, 1):
-            raise ValueError(f"--dataset-name: row {number} needs two or more answers. Its margin {margin!r} must be a "
-                             f"number and its label {label!r} a probability, both for pairs only")
+            raise ValueError(f"--dataset-name: row {number} needs two or more answers; `margin` ({margin!r}) must be a "
+                             f"number and `label` ({label!r}) in [0, 1], and only pairs may have them")
         prompt = "\n".join(turn["content"] for turn in turns)
         texts = [prompt + "".join(turn["content"] for turn in answer) for answer in answers]
         if not is_plain:
             texts = tokenizer.apply_chat_template([turns + answer for answer in answers], tokenize=False)
         # Tokenized as in load_reward_model of the policy scripts.
         wholes = tokenizer(texts, add_special_tokens=is_plain, truncation=True, max_length=max_length).input_ids
-        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # the prompt, maybe more
+        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # prompt, often a bit more
         if prompt.strip() and len({*map(tuple, wholes)}) == len(wholes) and not unknown & {*sum(wholes, [])}:
             examples.append({
                 "prompt": prompt, "ids": wholes[0][:common], "answers": [ids[common:] for ids in wholes],
@@ -285,8 +285,8 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one logit in fp32, without dropout, from a classifier or a language model; its
-    tokenizer, with a pad token of its own. A new head has standard deviation 1 / sqrt(H + 1) (arXiv:2009.01325)."""
+    """A one-logit sequence classifier in fp32, without dropout, from a classifier or a language model; its tokenizer,
+    with a pad token other than EOS. A new head has std 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
     files = {file.name.split(".")[0] for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
         raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
@@ -304,8 +304,8 @@ def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTo
         raise ValueError(f"{flag} {name} has no weights for {missing[:3]}")
     for key in new:
         if model.get_parameter(key).dim() > 1:  # transformers sets biases to 0
-            nn.init.normal_(model.get_parameter(key), std=(model.config.hidden_size + 1) ** -0.5)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # else transformers would read the score before EOS
+            nn.init.normal_(model.get_parameter(key), std=(config.get_text_config().hidden_size + 1) ** -0.5)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # else transformers takes EOS for padding
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(max(len(tokenizer), config.get_text_config().vocab_size), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -322,8 +322,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues the
-    prompt's positions."""
+    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues it."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
@@ -348,11 +347,11 @@ def completion_states(model: PreTrainedModel, prompts: list[list[int]], completi
 
 
 def completion_scores(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Scores (B,) in fp32 of B completions, K per prompt in turn, read at their last tokens. Only causal models with a
-    linear head `score` share a prompt: in an encoder, the prompt attends to the completion."""
+    """Scores (B,) in fp32 of B completions, K per prompt, grouped by prompt, read at their last tokens. Only causal
+    models with a linear head `score` share a prompt: in an encoder, the prompt attends to the completion."""
     device, K = model.device, len(completions) // len(prompts)
     if isinstance(getattr(model, "score", None), nn.Linear):
-        # The last token of a completion is no input: a dummy 0 behind it makes the last real one an input.
+        # completion_states feeds all but a completion's last token; the dummy 0 makes that the one left out.
         states = completion_states(model, prompts, [completion + [0] for completion in completions])  # (N, H)
         last = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) - 1  # (B,)
         with torch.autocast(device.type, enabled=False):  # bf16 scores between 4 and 8 are 1/32 apart
@@ -364,9 +363,9 @@ def completion_scores(model: PreTrainedModel, prompts: list[list[int]], completi
 
 
 def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int) -> list[tuple[list, list, list]]:
-    """Micro-batches of about max_tokens for completion_scores: (indices of examples with equally many answers, prompts,
-    completions). A row holds a whole ranking if that costs less than a row per answer. Over L tokens, attention takes
-    4 L^2 H FLOPs per layer, and the weights take 24 L H^2."""
+    """Micro-batches of about max_tokens for completion_scores: (indices of examples, prompts, completions), of equal
+    K. A row holds a whole ranking where that costs fewer FLOPs than a row per answer: over L tokens, a layer takes
+    4 L^2 H for attention plus 24 L H^2 for its weights."""
     H = model.config.get_text_config().hidden_size
     can_share, shapes = fits_tree(model) and isinstance(getattr(model, "score", None), nn.Linear), []
     for e in examples:
@@ -379,7 +378,7 @@ def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int)
         *new_kind, size = shapes[i]
         if new_kind != kind or (len(batches[-1][0]) + 1) * size > max_tokens:
             batches.append(([], [], []))
-        kind = K, is_shared = new_kind
+        kind, (K, is_shared) = new_kind, new_kind
         indices, prompts, completions = batches[-1]
         indices.append(i)
         prompts += [examples[i]["ids"]] * (1 if is_shared else K)
@@ -388,7 +387,7 @@ def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int)
 
 
 def global_means(values: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Means of values, given in parts of any length, over all processes."""
+    """Mean of each name's values, given as a list of 1-D tensors, over all processes."""
     table = torch.stack([torch.stack([x.sum(), torch.ones_like(x).sum()]) for x in map(torch.cat, values.values())])
     if dist.is_initialized():
         dist.all_reduce(table)  # (names, 2)
@@ -435,7 +434,7 @@ def main(args: Args) -> dict[str, float]:
             write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
     if dist.is_initialized():
         dist.barrier()
-    torch.manual_seed(args.seed)  # of the new head
+    torch.manual_seed(args.seed)  # for the new head
     model, tokenizer = load_classifier(initial, "--model-name-or-path")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     max_length = min(args.max_length, context, tokenizer.model_max_length)
@@ -444,8 +443,8 @@ def main(args: Args) -> dict[str, float]:
     train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
         counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
-        chosen = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([e for e in train if (e["prompt"] in chosen) == side] for side in (False, True))
+        test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
+        train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
     held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
@@ -470,7 +469,7 @@ def main(args: Args) -> dict[str, float]:
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
 
     def forward(examples: list[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Scores (R, K) of rankings in micro-batches, and their margin (R,), label (R,) and characters (R, K)."""
+        """Yield, per micro-batch, scores (R, K) with gradients, margin (R,), label (R,) and characters (R, K)."""
         for mb, *inputs in pack_rankings(model, examples, args.max_tokens_per_microbatch):
             with autocast():
                 scores = completion_scores(model, *inputs).view(len(mb), -1)  # (R, K)
@@ -479,12 +478,13 @@ def main(args: Args) -> dict[str, float]:
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        """Metrics on held-out rankings, over all their pairs. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
+        """Metrics over all pairs of the held-out rankings. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
         values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums of confidence, accuracy and 1
         model.eval()
         for scores, margin, label, characters in forward(held_out[rank::world_size]):
             _, stats = preference_loss(scores, margin, label, *loss_flags)
-            stats["accuracy_longer"] = preference_loss(characters, margin, label, *loss_flags)[1]["accuracy"]
+            _, length_stats = preference_loss(characters, margin, label, *loss_flags)  # as if length were the score
+            stats["accuracy_longer"] = length_stats["accuracy"]
             for name, x in stats.items():
                 values[f"eval/{name}"].append(x)
             confidence = stats["margin"].abs().sigmoid()  # (N,), from 0.5 to 1, in bins of width 0.1
@@ -516,7 +516,7 @@ def main(args: Args) -> dict[str, float]:
         model.train()
         for scores, margin, label, _ in forward(batch[rank * B // world_size : (rank + 1) * B // world_size]):
             loss, stats = preference_loss(scores, margin, label, *loss_flags)
-            (loss * len(scores) / B).backward()  # these add up to the mean over the whole batch
+            (loss * len(scores) / B).backward()  # micro-batches add up to the mean over the batch
             for name, x in stats.items():
                 values[f"train/{name}"].append(x)
         for parameter in model.parameters():  # DDP would need as many micro-batches in every process
@@ -544,9 +544,9 @@ def main(args: Args) -> dict[str, float]:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
             model.eval()
-            with torch.no_grad():  # --max-eval-samples training rankings, in random order
+            with torch.no_grad():  # a random sample of --max-eval-samples training rankings
                 measured = forward(order[: min(args.max_eval_samples, len(train))])
-                rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (B,)
+                rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (answers,)
             model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()
             writer.flush()  # Written aside, then renamed: neither a kill nor a full disk damages the checkpoint.
             model.save_pretrained(run_dir / "model.tmp")

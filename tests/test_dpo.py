@@ -18,11 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, LlamaForCausalLM, MistralConfig
 
 import dpo
-from dpo import Args, conversation_ids, dpo_loss, encode_pairs, main, pair_logps, split_row
+from dpo import Args, conversation_ids, encode_pairs, main, pair_logps, split_row
 
-CHOSEN, REJECTED = torch.tensor([-2.0, -5.0, -1.0]), torch.tensor([-4.0, -3.0, -1.5])
-REF_CHOSEN, REF_REJECTED = torch.tensor([-3.0, -4.0, -1.0]), torch.tensor([-3.5, -3.5, -1.0])
-H = [0.1 * ((-2 + 3) - (-4 + 3.5)), 0.1 * ((-5 + 4) - (-3 + 3.5)), 0.1 * ((-1 + 1) - (-1.5 + 1))]
 TEST = PAIRS[24:30]
 FROZEN = 1e-12  # a learning rate that changes no weight by more than rounding
 CHATML = (
@@ -50,9 +47,6 @@ def chat_tokenizer(template: str | None):
     tokenizer.add_special_tokens({"additional_special_tokens": LETTERS[-2:]})
     tokenizer.chat_template = template
     return tokenizer
-
-
-# ---- losses
 
 
 # ---- data
@@ -116,7 +110,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_only_where_it_matters(
     tokenizer = chat_tokenizer(CHATML.replace("+ m['content'] +", "+ (m['content'] if loop.last else '') +"))
     (pair,) = encode_pairs([row_of("x", "y", "q")], tokenizer, 99)
     assert tokenizer.decode(pair["completions"][0]) == "x<eos>"
-    with pytest.raises(ValueError, match="row 1: the chat template changes earlier turns"):
+    with pytest.raises(ValueError, match="row 1: the chat template rewrites earlier turns"):
         encode_pairs([row_of(HH + BRANCHED[0], HH + BRANCHED[1])], tokenizer, 999)
 
 
