@@ -34,10 +34,9 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Iterator, Literal
 
 import datasets
 import torch
@@ -52,7 +51,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 @dataclass
@@ -61,25 +60,25 @@ class Args:
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    seed: int = 1  # seed of initial weights, data order and samples
+    seed: int = 1  # seeds initial weights, data order and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
     output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
-    resume: str | None = None  # run folder to continue, with that run's flags and no others
+    resume: str | None = None  # run folder to continue with its own flags; pass no others
 
     # ---- common to the language-model scripts
-    model_name_or_path: str | None = None  # hub name or folder. None: a tiny model made here
+    model_name_or_path: str | None = None  # hub name or folder. None: train a tiny model
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
-    dataset_config: str | None = None  # hub configuration, such as main for openai/gsm8k
+    dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # if there is no "test", a tenth of train is held out
+    dataset_test_split: str = "test"  # split to evaluate on. If there is no "test": a tenth of train
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights. On if there is CUDA
+    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    max_tokens_per_microbatch: int = 2048  # tokens per forward pass: affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear, cosine: 0 at the last step
-    warmup_steps: int = 0  # optimizer steps of linear warm-up
-    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
-    sft_steps: int = 1200  # supervised steps that make the tiny model
+    max_tokens_per_microbatch: int = 2048  # tokens per forward pass; affects memory and speed only
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine decay to 0
+    warmup_steps: int = 0  # optimizer steps of linear warmup
+    max_grad_norm: float = 1.0  # gradients are clipped to this global norm
+    sft_steps: int = 1200  # supervised steps for the tiny model
 
     # ---- DPO
     ref_model_name_or_path: str | None = None  # hub name or folder. None: the model that training starts from
@@ -118,14 +117,14 @@ def dpo_loss(
 
 
 def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
-    """Share of the peak learning rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
+    """Fraction of the peak rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
     elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
     return decay * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
 def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 520 are held out, the same for every seed; b+a goes with a+b."""
+    """The 8100 sums of two two-digit numbers. 520 are held out, whatever the seed, b+a along with a+b."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
@@ -134,7 +133,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
 
 def demonstrate(row: dict, rng: random.Random) -> str:
     """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum at once, forgets the carry of the units, and half the time is also off by one."""
+    writes the sum directly, forgets the units' carry, and half the time is also off by one."""
     a, b = map(int, row["prompt"][:-1].split("+"))
     hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
@@ -153,8 +152,8 @@ def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, .
 
 
 def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
-    """Train a Llama of 0.5M parameters with a character tokenizer on demonstrations; write a Hugging Face folder."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
+    """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
     characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
     characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
@@ -168,9 +167,9 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
     for _ in trange(steps, desc="supervised", leave=False):
         texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
         ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # (B, L)
-        labels[:, : len("47+85=")] = -100  # the prompt is not learned
-        model(input_ids=ids, labels=labels).loss.backward()  # causal attention needs no mask for padding on the right
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        labels[:, : len("47+85=")] = -100  # no loss on the prompt
+        model(input_ids=ids, labels=labels).loss.backward()  # causal: right padding needs no mask
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -179,9 +178,9 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
     tokenizer.save_pretrained(folder)
 
 
-def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalLM) -> tuple:
-    """A model in fp32 (in bf16, small updates would be rounded away), without dropout, and its tokenizer."""
-    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
+def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: type = AutoModelForCausalLM) -> tuple:
+    """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
+    files = {file.stem for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
         raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
     try:
@@ -199,7 +198,7 @@ def load_pretrained(name: str, flag: str, auto_class: type = AutoModelForCausalL
 
 
 def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Rows of the training split and of the test split of --dataset-name. Only a split "test" may be missing."""
+    """Training and test rows of --dataset-name. Only a split named "test" may be missing."""
     name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
     if kind is None and Path(name).is_file():
@@ -255,7 +254,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
     return prompt, answers
 
 
-def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Token ids of a prompt plus an answer or its first turns, from the chat template or as plain text."""
     if tokenizer.chat_template is not None:
         turns, is_open = prompt + answer, not answer or answer[-1]["role"] != "assistant"
@@ -265,7 +264,7 @@ def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrain
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
 
 
-def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerBase) -> tuple:
+def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerFast) -> tuple:
     """Token ids of an answer, and whether each counts: only assistant turns do, with their end-of-turn tokens."""
     whole, completion, mask = conversation_ids(prompt, [], tokenizer), [], []
     for end, turn in enumerate(answer, 1):
@@ -282,7 +281,7 @@ def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer
     return completion, mask
 
 
-def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
+def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[dict]:
     """Pairs {prompt, answer, ids, completions, masks} of rows, chosen first. Prints how many are left out."""
     pairs = []
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
@@ -302,23 +301,23 @@ def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_lengt
     return pairs
 
 
-TILE = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: few enough for a CPU's cache, enough to fill a GPU
+TILE = {"cpu": 2**20, "cuda": 2**26}  # logits per tile: fits a CPU's cache, fills a GPU
 
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
-    (N,). Forward and backward go by tiles of the vocabulary: there is no (N, V) tensor."""
+    (N,), by tiles of the vocabulary: there is never an (N, V) tensor."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // max(1, len(hidden)))
+        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // len(hidden))
         h = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)  # (N, H)
         logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
-        for start in range(0, len(weight), size):
-            logits = (h @ weight[start : start + size].to(h.dtype).T).float().div_(temperature)  # (N, size)
+        for tile, w in enumerate(weight.split(size)):
+            logits = (h @ w.to(h.dtype).T).float().div_(temperature)  # (N, size)
             logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
-            inside = ((target >= start) & (target < start + size)).nonzero()[:, 0]  # rows with their target here
-            logit[inside] = logits[inside, target[inside] - start]
+            rows = (target // size == tile).nonzero()[:, 0]  # those whose target is in this tile
+            logit[rows] = logits[rows, target[rows] % size]
         ctx.save_for_backward(h, weight, target, logsumexp)
         ctx.temperature, ctx.size = temperature, size
         return logit - logsumexp
@@ -327,61 +326,60 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         h, weight, target, logsumexp = ctx.saved_tensors
         d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
-        for start in range(0, len(weight), ctx.size):
-            w = weight[start : start + ctx.size].to(h.dtype)  # (size, H)
-            # d logprob / d logits = onehot(target) - softmax, in fp32: both are near 1 for most tokens
+        for tile, (w, d_w) in enumerate(zip(weight.split(ctx.size), d_weight.split(ctx.size))):
+            w = w.to(h.dtype)  # (size, H)
+            # d logprob / d logits = onehot(target) - softmax, in fp32, as both are often near 1
             d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
-            inside = ((target >= start) & (target < start + ctx.size)).nonzero()[:, 0]
-            d[inside, target[inside] - start] += 1
+            rows = (target // ctx.size == tile).nonzero()[:, 0]
+            d[rows, target[rows] % ctx.size] += 1
             d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
             d_hidden += d @ w
-            d_weight[start : start + ctx.size] = d.T @ h
+            d_w.copy_(d.T @ h)
         return d_hidden, d_weight, None, None
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions: sliding windows, ALiBi, linear attention cannot use a tree mask."""
+    """Whether a row may hold several completions: sliding windows, ALiBi and linear attention take no tree mask."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
     return not unusual and model.config._attn_implementation == "sdpa"
 
 
-def completion_states(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt once, then K completions. Each attends to the prompt and itself, and continues it."""
+    A row is a tree: a prompt, then K branches that see only it and themselves, at positions that continue it."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
-        prompts, K = [prompt for prompt in prompts for _ in range(K)], 1
-    rows, predictors = [], []  # (token, position, branch) of inputs; (row, index) of those that predict a token
+        prompts, K = [p for p in prompts for _ in range(K)], 1
+    rows, predictors = [], []  # (token, position, branch); (row, index) of predicting tokens
     for r, prompt in enumerate(prompts):
         row = [(token, t, 0) for t, token in enumerate(prompt)]
-        for branch, completion in enumerate(completions[r * K : (r + 1) * K], 1):
+        for branch, completion in enumerate(completions[r * K : r * K + K], 1):
             indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
             predictors += [(r, index) for index in indices[: len(completion)]]
             row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
         rows.append(torch.tensor(row))
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
     inputs = {"input_ids": ids, "use_cache": False}
-    if K > 1:  # otherwise plain causal attention suffices: right padding needs no mask
+    if K > 1:  # else causal attention suffices: right padding needs no mask
         attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert a bool in every layer
+        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
     hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
-    row, index = torch.tensor(predictors, device=device).T  # (N,), (N,)
-    return hidden[row, index]
+    return hidden[torch.tensor(predictors, device=device).unbind(1)]
 
 
 def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
     """Log-probabilities (B, T) in fp32 of B completions, grouped by prompt; 0 after their end."""
-    hidden, lengths = completion_states(model, prompts, completions), [len(completion) for completion in completions]
-    target = torch.tensor([token for completion in completions for token in completion], device=model.device)  # (N,)
+    hidden = completion_states(model, prompts, completions)  # (N, H)
+    target = torch.tensor(sum(completions, []), device=model.device)  # (N,)
     logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
-    return pad_sequence(logprobs.split(lengths), batch_first=True)
+    return pad_sequence(logprobs.split([*map(len, completions)]), batch_first=True)
 
 
-def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Iterator[tuple]:
+def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: torch.autocast) -> Iterator[tuple]:
     """Yield micro-batches of about max_tokens: indices of R pairs, and log-probabilities (R, 2) of their answers."""
     lengths, batches = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs], [[]]
     for i in sorted(range(len(pairs)), key=lengths.__getitem__):  # pairs of similar length need little padding
@@ -391,13 +389,13 @@ def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autoc
     for mb in filter(None, batches):
         completions = [ids for i in mb for ids in pairs[i]["completions"]]  # chosen, rejected, chosen, ...
         mask = pad_sequence([torch.tensor(mask) for i in mb for mask in pairs[i]["masks"]], batch_first=True)  # (B, T)
-        with autocast():
+        with autocast:
             logprobs = completion_logprobs(model, [pairs[i]["ids"] for i in mb], completions, 1.0)  # (B, T)
         yield mb, logprobs.masked_fill(~mask.to(model.device), 0.0).sum(1).view(-1, 2)
 
 
 @torch.no_grad()
-def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: Callable) -> Tensor:
+def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: torch.autocast) -> Tensor:
     """Log-probabilities (N, 2) of all pairs, without gradients. Each process computes a share."""
     model.eval()
     logps = torch.zeros(len(pairs), 2, device=model.device)  # (N, 2)
@@ -410,51 +408,51 @@ def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autoca
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    """Train. Returns the final metrics, also saved as <run folder>/summary.json."""
     # ---- set-up
     start_time, checkpoint = time.time(), None
-    if args.resume is not None:
+    if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
         if changed or saved["script"] != Path(__file__).name:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
-        args = Args(**{**saved["args"], "resume": args.resume})
+        args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if B < world_size:
         raise ValueError(f"--train-batch-size {B} is less than the number of processes, {world_size}")
-    if args.dataset_name is not None and args.model_name_or_path is None:
+    if args.dataset_name and not args.model_name_or_path:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
-    if "RANK" in os.environ:
+    if world_size > 1:
         dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    task = Path(args.dataset_name).stem if args.dataset_name else "addition"
+    task = Path(args.dataset_name or "addition").stem
     unix_time = torch.tensor(int(start_time), device=device)
-    if dist.is_initialized():
+    if world_size > 1:
         dist.broadcast(unix_time, 0)
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
-    initial = args.model_name_or_path or f"{run_dir}/sft"  # the model that training starts from
+    initial = args.model_name_or_path or f"{run_dir}/sft"  # where training starts
     if rank == 0:
         print(run_dir)
-        if args.model_name_or_path is None and args.resume is None:
+        if not args.model_name_or_path and not args.resume:
             write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
-    if dist.is_initialized():
+    if world_size > 1:
         dist.barrier()
-    model, tokenizer = load_pretrained(initial, "--model-name-or-path")
+    model, tokenizer = load_pretrained(initial)
     max_length = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", math.inf))
     splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, seed=0) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
     if not held_out:  # a tenth of the prompts, the rarest, with all their rows
-        counts = Counter(random.Random(0).sample([example["prompt"] for example in train], len(train)))
+        counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
     held_out = held_out[: args.max_eval_samples]
@@ -472,11 +470,11 @@ def main(args: Args) -> dict[str, float]:
     peak_lr = (1e-6 if args.model_name_or_path else 3e-4) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, *schedule))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, *schedule))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     progress = {"step": 0, "metrics": {}, "ref_logps": None}
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    if checkpoint is not None:
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    if checkpoint:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
@@ -490,8 +488,8 @@ def main(args: Args) -> dict[str, float]:
         pair["ref_logps"] = ref_logps
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
-        if args.resume is None:
-            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
+        if not args.resume:
+            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     def losses_and_stats(pairs: list[dict], logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (R,) of pairs, from the policy's log-probabilities logps (R, 2), and statistics to log, each (R,)."""
@@ -524,15 +522,15 @@ def main(args: Args) -> dict[str, float]:
             if rank == 0:
                 writer.add_text("samples", f"| prompt | completion | reward |\n|---|---|---|\n{table}", step)
         if rank == 0:
-            for name, value in results.items():
-                writer.add_scalar(name, value, step)
+            for name, x in results.items():
+                writer.add_scalar(name, x, step)
         return results
 
-    if args.resume is None:
-        progress["metrics"] = {f"{name}_before": value for name, value in evaluate(0).items()}
+    if not args.resume:
+        progress["metrics"] = evaluate(0)
 
-    epochs = [random.Random(f"{args.seed} {e}") for e in range(num_steps * B // len(train) + 1)]
-    order = [example for epoch in epochs for example in epoch.sample(train, len(train))]
+    rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(num_steps * B // len(train) + 1)]
+    order = [e for rng in rngs for e in rng.sample(train, len(train))]
     bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
     for step in bar:
         # ---- update
@@ -544,16 +542,16 @@ def main(args: Args) -> dict[str, float]:
             (losses.sum() / B).backward()
             for name, value in mb_stats.items():
                 stats[f"train/{name}"] += value.sum() / B
-        for parameter in model.parameters():  # DDP would need as many micro-batches in every process
-            if dist.is_initialized() and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+        for p in model.parameters() if world_size > 1 else ():  # DDP needs equal numbers of micro-batches
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
 
-        # ---- log: means over the whole update and all processes
+        # ---- log: over the whole update and all processes
         progress["step"], means = step + 1, torch.stack([*stats.values()])  # (tags,)
         if dist.is_initialized():
             dist.all_reduce(means)
@@ -563,30 +561,31 @@ def main(args: Args) -> dict[str, float]:
         }
         bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/rewards/accuracies']:.2f}")
         if rank == 0:
-            for name, value in logs.items():
-                writer.add_scalar(name, value, step + 1)
+            for name, x in logs.items():
+                writer.add_scalar(name, x, step + 1)
 
         # ---- evaluate, save
         if (step + 1) % args.eval_steps == 0 and step + 1 < num_steps:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
-            writer.flush()  # Written aside, then renamed: neither a kill nor a full disk damages the checkpoint.
-            model.save_pretrained(run_dir / "model.tmp")
+            writer.flush()
+            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or a full disk does no damage
             tokenizer.save_pretrained(run_dir / "model.tmp")
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             shutil.rmtree(run_dir / "model", ignore_errors=True)
             os.replace(run_dir / "model.tmp", run_dir / "model")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    metrics = progress["metrics"] | evaluate(num_steps) | {"seed": args.seed}
+    before, after = progress["metrics"], evaluate(num_steps)
+    metrics = {f"{name}_before": x for name, x in before.items()} | after | {"seed": args.seed}
     metrics["wall_seconds"] = time.time() - start_time
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name, before in progress["metrics"].items():
-            print(f"{name.removesuffix('_before')}: {before:.3f} -> {metrics[name.removesuffix('_before')]:.3f}")
+        for name, x in before.items():
+            print(f"{name}: {x:.3f} -> {after[name]:.3f}")
         print(run_dir)
-    if dist.is_initialized():
+    if world_size > 1:
         dist.destroy_process_group()
     return metrics
 
@@ -595,6 +594,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
-        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == __file__][-1]
         print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
         raise SystemExit(2) from None

@@ -39,7 +39,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -62,10 +62,10 @@ class Args:
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    seed: int = 1  # seed of initial weights, data order and samples
+    seed: int = 1  # seeds initial weights, data order and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
     output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
-    resume: str | None = None  # run folder to continue, with that run's flags and no others
+    resume: str | None = None  # run folder to continue with its own flags; pass no others
 
     # ---- environment and demonstrations
     env_id: str = "CartPole-v1"  # [module:]name. Needs a time limit, 1-D Box obs, Discrete or bounded 1-D Box actions
@@ -493,18 +493,18 @@ def trpo_expert(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    """Train. Returns the final metrics, also saved as <run folder>/summary.json."""
     # ---- set-up
     start_time, checkpoint = time.time(), None
-    if args.resume is not None:
+    if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
         if changed or saved["script"] != Path(__file__).name:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
-        args = Args(**{**saved["args"], "resume": args.resume})
+        args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
@@ -541,14 +541,14 @@ def main(args: Args) -> dict[str, float]:
     not_reached = {"env_steps_to_0.95": None, "cpu_seconds_to_0.95": None}
     progress = {"step": 0, "metrics": {"env_steps": 0, "cpu_seconds": 0.0, **not_reached}}
     progress["mean_std"] = torch.tensor([[0.0] * O, [1.0] * O])
-    if checkpoint is not None:
+    if checkpoint:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     mean_std, metrics = progress["mean_std"].to(device), progress["metrics"]  # (2, O)
     writer = SummaryWriter(run_dir, purge_step=metrics["env_steps"] + 1)
-    if args.resume is None:
-        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
+    if not args.resume:
+        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     def play(envs: gymnasium.vector.VectorEnv, policy: Policy, mode: str, seed_offset: int) -> dict[str, Tensor]:
         """Each environment's first episode. Observations are normalized by the current mean_std."""
@@ -695,6 +695,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, ImportError, gymnasium.error.Error) as error:
-        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == __file__][-1]
         print("error:", *str(error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
         raise SystemExit(2) from None

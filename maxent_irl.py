@@ -47,7 +47,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -77,10 +77,10 @@ class Args:
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    seed: int = 1  # seed of initial weights, data order and samples
+    seed: int = 1  # seeds initial weights, data order and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
     output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
-    resume: str | None = None  # run folder to continue, with that run's flags and no others
+    resume: str | None = None  # run folder to continue with its own flags; pass no others
 
     # ---- environment and demonstrations
     env_id: str | None = None  # needs a table (env.unwrapped.P) or 1-D Box observations. None: the lecture's grid
@@ -604,18 +604,18 @@ def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: fl
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train. Returns the final metrics, which are also in <run folder>/summary.json."""
+    """Train. Returns the final metrics, also saved as <run folder>/summary.json."""
     # ---- set-up
     start_time, checkpoint = time.time(), None
-    if args.resume is not None:
+    if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt yet: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in asdict(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
         if changed or saved["script"] != Path(__file__).name:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
-        args = Args(**{**saved["args"], "resume": args.resume})
+        args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
@@ -657,8 +657,8 @@ def main(args: Args) -> dict[str, float]:
     print(run_dir)
     progress = {"step": 0, "env_steps": 0} if checkpoint is None else {k: checkpoint[k] for k in ("step", "env_steps")}
     writer = SummaryWriter(run_dir, purge_step=progress["env_steps"] + 1)
-    if args.resume is None:
-        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": asdict(args)}))
+    if not args.resume:
+        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     # ---- demonstrations, and the normalizer
     torch.manual_seed(args.seed)  # for the initial weights only; everything else is seeded per step
@@ -715,7 +715,7 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.Adam(reward.parameters(), lr=args.learning_rate)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)
     state = {"policy": policy, "optimizer": optimizer, "policy_optimizer": policy_optimizer, **modules}
-    if checkpoint is not None:
+    if checkpoint:
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     elif "exact" in estimators:
@@ -855,6 +855,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, ImportError, gymnasium.error.Error) as error:
-        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__][-1]
+        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == __file__][-1]
         print("error:", *str(error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
         raise SystemExit(2) from None

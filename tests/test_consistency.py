@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
-README = (ROOT / "README.md").read_text()
+GLOSSARY = (ROOT / "tests" / "README.md").read_text()
 # Flags of a run of seconds that writes every tag of its script.
 TINY = {
     "grpo_llm": {
@@ -147,7 +147,7 @@ def test_the_pep_723_header_has_the_pins_of_requirements_txt(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_readme_explains_exactly_the_tags_that_are_written(script, tmp_path):
+def test_the_glossary_explains_exactly_the_tags_that_are_written(script, tmp_path):
     module, written = import_module(script), set()
     fp32 = {"bf16": False} if "bf16" in SOURCES[script] else {}
     for run, flags in enumerate([TINY[script], *([TINY_TOO[script]] if script in TINY_TOO else [])]):
@@ -158,7 +158,7 @@ def test_the_readme_explains_exactly_the_tags_that_are_written(script, tmp_path)
         written |= {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
         written |= {*events.Tags()["scalars"], *events.Tags()["images"]}
     written -= {"custom_scalars__config__"}  # says which tags TensorBoard draws in one chart
-    section = README.split("## Tags")[1].split("\n## ")[0]
+    section = GLOSSARY.split("## Tags")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.+?`) \|(.+?)\|", section, re.MULTILINE)
     explained = {
         tag for tags, scripts in rows if script in scripts or "all" in scripts for tag in re.findall(r"`([^`]+)`", tags)

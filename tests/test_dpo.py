@@ -150,7 +150,7 @@ def test_pair_logps_are_the_naive_sums_in_every_batch(architecture):
     with torch.no_grad():
         expected = torch.tensor([naive_logps(model, pair) for pair in pairs])
         for max_tokens in (1, 30, 1000):
-            batches = list(pair_logps(model, pairs, max_tokens, nullcontext))
+            batches = list(pair_logps(model, pairs, max_tokens, nullcontext()))
             assert sorted(i for mb, _ in batches for i in mb) == [0, 1, 2, 3]
             assert all(torch.allclose(logps, expected[mb], atol=1e-3) for mb, logps in batches)
 

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ROOT, digit_reward, make_model, make_tokenizer, run_folder, scalars, weights, write_rows
+from conftest import CONFIGS, ROOT, digit_reward, make_model, make_tokenizer, run_folder, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 import grpo_llm
 from grpo_llm import (
     Args, TokenLogprobs, accuracy_reward, completion_logprobs, encode_rows, extract_number, format_reward,
-    group_advantages, grpo_loss, load_pretrained, lr_factor, main, pack, sample, sample_tokens,
+    grpo_loss, load_pretrained, lr_factor, main, pack, sample, sample_tokens,
 )  # fmt: skip
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")

@@ -5,7 +5,6 @@ import json
 import math
 
 import gymnasium
-import maxent_irl
 import numpy as np
 import pytest
 import torch
@@ -310,10 +309,6 @@ def test_beta_actions_have_their_density():
     assert policy.logprobs(torch.full((1000, 4), math.exp(-1)), edge).isfinite().all()
 
 
-SMALL = {"num_trajectories": 4, "eval_episodes": 4, "expert_steps": 2, "num_demos": 3}
-CARTPOLE = {"env_id": "CartPole-v1", "horizon": 60, **SMALL}
-
-
 def write_demos(path, env_id, act, episodes=5, horizon=30):
     """Demonstrations of the actions act(rng), from Gymnasium alone."""
     env, rng, rows, lengths = gymnasium.make(env_id), np.random.default_rng(0), [], []
@@ -462,7 +457,8 @@ def test_finite_demonstrations_and_files_of_them(tiny):
 
 def test_control_runs_log_and_save_and_each_step_has_other_episodes(tiny):
     """With a policy that does not learn, trajectories of two steps differ by their start states and actions only."""
-    args = tiny(**CARTPOLE, policy_learning_rate=0.0)
+    flags = {"num_trajectories": 4, "eval_episodes": 4, "expert_steps": 2, "num_demos": 3, "horizon": 60}
+    args = tiny(env_id="CartPole-v1", policy_learning_rate=0.0, **flags)
     metrics, folder = main(args), run_folder(args)
     expert, random, value = (metrics[f"eval/{name}_return".replace("/_", "/")] for name in ("expert", "random", ""))
     assert metrics["eval/normalized_score"] == pytest.approx((value - random) / (expert - random))

@@ -1,7 +1,6 @@
 """ppo_llm.py: rewards, advantages, loss and values by hand, then whole runs against a naive implementation of PPO.
 What it shares word for word with grpo_llm.py is tested in test_grpo_llm.py."""
 
-import math
 import weakref
 from collections import defaultdict
 from functools import partial

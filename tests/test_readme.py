@@ -25,7 +25,7 @@ def test_the_recipes_run(tmp_path):
         shutil.copy(script, tmp_path)
     section = README.split("## Recipes")[1].split("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "bash"] * 3
+    assert [language for language, _ in blocks] == ["python", "bash"] * 4
     for language, text in blocks:
         if language == "python":
             name, code = re.fullmatch(r"# (\w+\.py)\n(.*)", text, re.DOTALL).groups()
@@ -40,25 +40,40 @@ def test_the_recipes_run(tmp_path):
                 [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
             )
             assert python == "python" and done.returncode == 0, done.stderr[-2000:]
-            if script != "my_data.py":
+            if script not in ("my_data.py", "my_demos.py"):
                 folder = tmp_path / done.stdout.splitlines()[-1]
                 assert (folder / "summary.json").is_file()
                 if script == "my_reward.py":
-                    assert "eval/brevity" in (folder / "summary.json").read_text()
+                    assert "eval/work" in (folder / "summary.json").read_text() and "__my_reward__" in folder.name
 
 
-def test_a_saved_policy_is_followed_as_the_readme_says(tmp_path):
+SHOWN = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+class Shown(CartPoleEnv):  # draws nothing, as pygame may be absent
+    def step(self, action):
+        print(self.render_mode)
+        return super().step(action)
+gymnasium.register("Shown-v0", Shown, max_episode_steps=500)
+"""
+
+
+def test_a_saved_policy_is_watched_as_the_readme_says(tmp_path):
+    """In the environment of its args.json, drawn as asked for."""
+    (tmp_path / "shown.py").write_text(SHOWN)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     section = README.split("## What a run leaves")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n# watch.py\n(.*?)```", section, re.DOTALL)
     (tmp_path / "watch.py").write_text(code)
-    words = [*SMALL["gail.py"].split(), "--constant-action", "0", "--output-dir", str(tmp_path / "runs")]
+    words = [*SMALL["gail.py"].split(), "--constant-action", "0", "--env-id", "shown:Shown-v0"]
 
-    def last_line(*command: str) -> str:
+    def lines(*command: str) -> list[str]:
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.splitlines()[-1]
+        return done.stdout.splitlines()
 
-    steps = last_line("watch.py", last_line("gail.py", *words))
-    assert 1 <= int(steps) <= 500
+    folder = lines("gail.py", *words)[-1]
+    *shown, steps = lines("watch.py", folder, "rgb_array")
+    assert shown == ["rgb_array"] * int(steps) and 1 <= int(steps) <= 500
+    assert {*lines("watch.py", folder)[:-1]} == {"None"}

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, digit_reward, run_folder, run_main, scalars, tiny_flags
+from conftest import PROCESSES, digit_reward, run_folder, run_main, scalars, tiny_flags, weights
 
 # ---- SIGKILL
 
@@ -73,6 +72,7 @@ CARTPOLE = {
 PENDULUM = {**CARTPOLE, "env_id": "Pendulum-v1", "reward_inputs": "state", "horizon": 10, "segment_length": 10}
 LLM = {"max_steps": 6, "eval_steps": 3}
 GSPO = {"num_iterations": 2, "loss_type": "grpo", "importance_sampling_level": "sequence"}
+STREAKS = {"seed": 8, "max_kl": 1.0}  # with these, GAIL's score exceeds 0.95, falls below it and exceeds it again
 WRITING, RENAMING, RENAMED = "while writing", "before renaming", "after renaming"
 MODEL = "before the model's renaming"
 # What is run, the moment of its death, at which checkpoint, and the step of the last one that is whole. The control
@@ -97,7 +97,7 @@ KILLS = [
     ("maxent_irl", {"estimator": "both"}, WRITING, 3, 2),
     ("maxent_irl", {**CARTPOLE, "segment_length": 7}, RENAMING, 3, 2),
     ("maxent_irl", PENDULUM, RENAMED, 1, 0),
-    ("gail", {"gradient_penalty": 1.0, "ent_coef": 0.01}, WRITING, 2, 2),
+    ("gail", {"gradient_penalty": 1.0, "eval_steps": 1, **STREAKS}, WRITING, 3, 4),
     ("gail", {"env_id": "Pendulum-v1", "bc_warm_start": True}, RENAMING, 2, 2),
     ("gail", {"discriminator_steps": 2}, RENAMED, 2, 4),
 ]  # fmt: skip
@@ -106,7 +106,7 @@ KILLS = [
 @pytest.mark.parametrize("script, flags, moment, number, step", KILLS, ids=[f"{k[0]} {k[2]}" for k in KILLS])
 def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model_folder, tmp_path, monkeypatch):
     """After SIGKILL and --resume: the last checkpoint, the metrics, the curves and what is saved at the end are
-    bit-equal to those of an unbroken run."""
+    bit-equal to those of an unbroken run, and nothing that preceded the checkpoint is done again."""
     module = import_module(script)
     if hasattr(module, "REWARDS"):
         monkeypatch.setattr(module, "REWARDS", ((digit_reward, 1.0), *module.REWARDS))
@@ -119,8 +119,14 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
     process.join(timeout=300)
     assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
     unbroken, folder = (run_folder(module.Args(**run)) for run in runs)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == step
-    assert not (folder / "summary.json").exists()
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == step and not (folder / "summary.json").exists()
+    if moment == WRITING and "model" in checkpoint:
+        assert equal(weights(folder), {name: checkpoint["model"][name] for name in weights(folder)})
+    with pytest.raises(ValueError, match=r"with its flags, not \['--seed'\]"):
+        module.main(module.Args(resume=str(folder), seed=2))
+    speeds = scalars(folder).get("charts/SPS", [])[:step]
+    demonstrated = [path.stat().st_mtime_ns for path in folder.glob("demos.npz")]
     time.sleep(1 - time.time() % 1)  # TensorBoard orders files by the second in their names
     metrics = module.main(module.Args(resume=str(folder)))
     assert equal(metrics, expected) and equal(json.loads((folder / "summary.json").read_text()), expected)
@@ -131,7 +137,8 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
     files = [path.relative_to(unbroken) for path in unbroken.rglob("*.safetensors")]
     assert files and all((folder / file).read_bytes() == (unbroken / file).read_bytes() for file in files)
     resumed, curves = scalars(folder), scalars(unbroken)
-    assert set(resumed) == set(curves)
+    assert set(resumed) == set(curves) and resumed["charts/SPS"][:step] == speeds
+    assert [path.stat().st_mtime_ns for path in folder.glob("demos.npz")] == demonstrated
     for tag in set(curves) - {"charts/SPS", "charts/cpu_seconds"}:
         assert resumed[tag] == curves[tag]  # each step once, also those that were repeated
 
@@ -194,7 +201,7 @@ def file(name: str, content: bytes):
     return write
 
 
-SUM, PAIR = {"prompt": "1+1=", "answer": "2"}, {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
 POLES, NAN = {"env_id": "CartPole-v1"}, np.full((6, 4), np.nan, np.float32)
 WEIGHTS = "model.safetensors"
 # Script, flags, and words of the sentence: main raises, and the handler of __main__ prints it.
@@ -227,8 +234,6 @@ BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "row 1 with columns"),
     ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "0 training rows"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": "1" * 126, "answer": "1"})}, "0 training rows"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": "what is it?", "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "2"})}, "held-out rows are too few"),
     ("grpo_llm", {"max_completion_length": 127}, "0 training rows"),
     ("ppo_llm", {"num_generations": 0}, "--num-generations 0"),
@@ -236,11 +241,8 @@ BAD_INPUTS = [
     ("ppo_llm", {"num_generations": 8, "num_mini_batches": 4}, "--num-generations 8"),
     ("ppo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     ("dpo", {"ref_model_name_or_path": "no/such"}, "--ref-model-name-or-path no/such"),
+    ("dpo", {"train_batch_size": 0}, "--train-batch-size 0 is less than"),
     ("dpo", {"dataset_name": rows({"prompt": "1", "chosen": "2"})}, "row 1 with columns ['chosen', 'prompt']"),
-    ("dpo", {"dataset_name": rows({**PAIR, "chosen": 2})}, "row 1 with columns ['chosen', 'prompt', 'rejected']"),
-    ("dpo", {"dataset_name": rows({"prompt": "1", "completions": "23"})}, "row 1 with columns"),
-    ("dpo", {"dataset_name": rows({"prompt": "1", "completions": ["1", "2", "3"]})}, "row 1"),
-    ("dpo", {"dataset_name": rows({**PAIR, "rejected": "2"})}, "0 training"),
     ("dpo", {"dataset_name": rows(PAIR), "max_length": 4}, "0 training"),
     ("dpo", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("reward_model", {"dataset_name": rows({"prompt": "1", "completions": ["1"]})}, "row 1"),
@@ -250,6 +252,7 @@ BAD_INPUTS = [
     ("reward_model", {"dataset_name": rows({**PAIR, "rejected": "2"})}, "0 training"),
     ("reward_model", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("gail", {"gamma": 1.0}, "--gamma 1.0 must be below 1"),
+    ("gail", {"num_demos": 0}, "--num-demos, --subsample"),
     ("gail", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("gail", {"output_dir": "/dev/null/runs"}, "/dev/null/runs"),
     ("gail", {"env_id": "Nothing-v0"}, "`Nothing`"),
@@ -264,30 +267,29 @@ BAD_INPUTS = [
     ("gail", {"demos": file("torn.npz", b"PK\x03\x04")}, "torn.npz cannot be read as .npz"),
     ("gail", {"demos": demos(obs=None)}, "obs is not a file in the archive"),
     ("gail", {"demos": demos(lengths=None)}, "lengths is not a file in the archive"),
-    ("gail", {"demos": demos(lengths=np.array([2, 3]))}, "obs (6, 4) must be finite numbers of shape (5, 4)"),
+    ("gail", {"demos": demos(lengths=np.array([2, 3]))}, "obs must be finite, of shape (5, 4); got shape (6, 4)"),
     ("gail", {"demos": demos(lengths=np.array([[2], [4]]))}, "lengths must hold the number of steps"),
     ("gail", {"demos": demos(lengths=np.array([6, 0]))}, "lengths must hold the number of steps"),
-    ("gail", {"demos": demos(obs=np.zeros((6, 3)))}, "obs (6, 3) must be finite numbers of shape (6, 4)"),
-    ("gail", {"demos": demos(act=np.zeros((6, 2)))}, "act (6, 2) must be finite numbers of shape (6,)"),
+    ("gail", {"demos": demos(obs=np.zeros((6, 3)))}, "obs must be finite, of shape (6, 4); got shape (6, 3)"),
+    ("gail", {"demos": demos(act=np.zeros((6, 2)))}, "act must be finite, of shape (6,); got shape (6, 2)"),
     ("gail", {"demos": demos(act=np.array([0, 1, 2, 0, 0, 0]))}, "act has 2, which is not in Discrete(2)"),
     ("gail", {"demos": demos(act=np.array([0, 0.5, 1, 0, 0, 0]))}, "act has 0.5, which is not in Discrete(2)"),
     ("gail", {"demos": demos(act=np.array(list("abcdef")))}, "cannot be read as .npz"),
-    ("gail", {"demos": demos(obs=NAN)}, "must be finite numbers"),
-    ("gail", {"demos": demos(rew=np.zeros(5))}, "rew (5,) must be finite numbers of shape (6,)"),
+    ("gail", {"demos": demos(obs=NAN)}, "obs must be finite, of shape (6, 4)"),
+    ("gail", {"demos": demos(rew=np.zeros(5))}, "rew must be finite, of shape (6,); got shape (5,)"),
     ("gail", {"demos": demos(), "num_demos": 3}, "--num-demos 3: --demos"),
-    ("gail", {"demos": demos(), "env_id": "Pendulum-v1"}, "obs (6, 4) must be finite numbers of shape (6, 3)"),
+    ("gail", {"demos": demos(), "env_id": "Pendulum-v1"}, "obs must be finite, of shape (6, 3); got shape (6, 4)"),
     ("maxent_irl", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("maxent_irl", {"env_id": "Nothing-v0"}, "`Nothing`"),
-    ("maxent_irl", {"env_id": "CliffWalking-v1"}, "--horizon None"),
-    ("maxent_irl", {**POLES, "estimator": "exact"}, "needs a table"),
-    ("maxent_irl", {**POLES, "transfer": "{}"}, "needs a table"),
+    ("maxent_irl", {"env_id": "CliffWalking-v1"}, "--horizon must be at least 1"),
+    ("maxent_irl", {**POLES, "estimator": "exact"}, "has no table"),
+    ("maxent_irl", {**POLES, "transfer": "{}"}, "has no table"),
     ("maxent_irl", {"env_id": "Blackjack-v1", "horizon": 5}, "only 1-D Box and tables"),
     ("maxent_irl", {"env_kwargs": '{"slip": 2}'}, "negative or do not sum to 1"),
     ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"success_rate": 2}'}, "negative or do not sum to 1"),
     ("maxent_irl", {"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "(64, 4), not (16, 4)"),
     ("maxent_irl", {**POLES, "demos": "missing.npz"}, "--demos missing.npz cannot be read"),
-    ("maxent_irl", {**POLES, "demos": demos(obs=None)}, "obs is not a file in the archive"),
-    ("maxent_irl", {**POLES, "demos": demos(obs=np.zeros((6, 3)))}, "obs (6, 3) must be finite numbers of shape (6, 4)"),
+    ("maxent_irl", {**POLES, "demos": demos(obs=np.zeros((6, 3)))}, "obs must be finite, of shape (6, 4); got shape (6, 3)"),
 ]  # fmt: skip
 
 
