@@ -70,7 +70,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If there is no "test": a tenth of train
+    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -90,7 +90,7 @@ class Args:
     train_batch_size: int = 64  # pairs per optimizer step, over all processes
     max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
     beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Set it higher for ipo, sigmoid_norm
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # loss of the log ratios
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # sigmoid: DPO. See dpo_loss
     label_smoothing: float = 0.0  # assumed share of flipped labels, below 0.5: sigmoid(_norm) and robust
     rpo_alpha: float | None = None  # weight of the chosen answers' NLL per token. None: 1 for the tiny model, else 0
 
@@ -140,7 +140,7 @@ def demonstrate(row: dict, rng: random.Random) -> str:
 
 
 def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, ...] = (-10, -1, 1, 10)) -> list[dict]:
-    """`count` pairs per sum: a right answer, mostly with its work shown, and one off by an error, mostly without."""
+    """`count` pairs per sum: a right answer, mostly with its work shown, and a wrong answer, mostly without."""
     pairs, rng = [], random.Random(seed)
     for row in rows * count:
         units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
@@ -182,7 +182,7 @@ def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: t
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
     files = {file.stem for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
@@ -222,8 +222,8 @@ def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
 
 def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
     """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
-    An absent prompt is their longest common beginning: of turns, or of words in plain texts. A prompt never ends with
-    an assistant turn, and an answer begins and ends with one."""
+    Without a prompt column, it is their longest common beginning, in turns or, for plain texts, in words. A prompt
+    never ends with an assistant turn, and an answer begins and ends with one."""
     prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
     answers, is_dialogue = answers if isinstance(answers, list) else [None], False
     if all(isinstance(text, str) for text in [prompt or "", *answers]):
@@ -238,7 +238,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
     answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
     turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])
     is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
-    if is_valid:  # the prompt may be repeated, also after a system turn
+    if is_valid:  # answers may repeat the prompt, even after a system turn
         wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
         n = 0
         while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
@@ -270,7 +270,7 @@ def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer
     for end, turn in enumerate(answer, 1):
         longer, is_ended = conversation_ids(prompt, answer[:end], tokenizer), tokenizer.chat_template is not None
         ids = longer[len(whole) :]
-        if longer[: len(whole)] != whole:  # a token spans the end of one turn and the start of the next
+        if longer[: len(whole)] != whole:  # a token spans two turns, or the chat template rewrote earlier ones
             if is_ended and len(answer) > 1:
                 raise ValueError(f"--dataset-name: row {number}: the chat template rewrites earlier turns")
             ids, is_ended = tokenizer(turn["content"], add_special_tokens=False).input_ids, False
@@ -297,7 +297,7 @@ def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_lengt
             pair = {"prompt": prompt, "answer": row.get("answer"), "ids": ids}
             pairs.append({**pair, "completions": completions, "masks": masks})
     if left_out := len(rows) - len(pairs):
-        print(f"{left_out} of {len(rows)} pairs left out: empty, equal in {max_length} tokens, or unknown characters")
+        print(f"{left_out} of {len(rows)} pairs left out: empty, unknown characters, or same first {max_length} tokens")
     return pairs
 
 
@@ -339,7 +339,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions: sliding windows, ALiBi and linear attention take no tree mask."""
+    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -348,7 +348,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt, then K branches that see only it and themselves, at positions that continue it."""
+    A row is a tree: a prompt, then K branches. Each sees only the prompt and itself; positions follow the prompt's."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [p for p in prompts for _ in range(K)], 1
@@ -542,7 +542,7 @@ def main(args: Args) -> dict[str, float]:
             (losses.sum() / B).backward()
             for name, value in mb_stats.items():
                 stats[f"train/{name}"] += value.sum() / B
-        for p in model.parameters() if world_size > 1 else ():  # DDP needs equal numbers of micro-batches
+        for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
             if p.grad is not None:
                 dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)

@@ -58,7 +58,7 @@ from tqdm import trange
 
 @dataclass
 class Args:
-    """GAIL: generative adversarial imitation learning of a policy from demonstrations, without their reward."""
+    """GAIL: imitate demonstrations without their reward. paper: Ho and Ermon 2016. code: their openai/imitation."""
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -400,7 +400,7 @@ def normalize(obs: Tensor, mean_std: Tensor) -> Tensor:
 
 def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
     """Mean and standard deviation (2, O) of observations (n, O) and (m, O), with half the weight on each set. A good
-    expert's alone barely vary (a pole's angle), so those of a uniform policy count equally."""
+    expert's observations barely vary (a pole's angle), so a uniform policy's count equally."""
     moments = [torch.stack([x.mean(0), x.square().mean(0)]) for x in (expert_obs.double(), uniform_obs.double())]
     mean, square = (moments[0] + moments[1]) / 2  # (O,), (O,)
     return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
@@ -408,7 +408,7 @@ def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
 
 def pair_features(obs: Tensor, actions: Tensor, action_space: gymnasium.Space) -> Tensor:
     """State-action pairs (..., O + A) from normalized observations and unit actions. Indices become one-hot vectors.
-    Unit actions, as the environment takes them: unclipped ones would give the policy away."""
+    Actions are clipped, as in the environment: values out of range would reveal which pairs are the policy's."""
     actions = F.one_hot(actions, int(action_space.n)) if isinstance(action_space, Discrete) else actions  # (..., A)
     return torch.cat([obs, actions.float()], -1)
 
@@ -510,7 +510,7 @@ def main(args: Args) -> dict[str, float]:
         raise ValueError("--device cuda: torch sees no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if not 0 <= args.gamma < 1:
-        raise ValueError(f"--gamma {args.gamma} must be below 1, not negative: the value network learns (1 - gamma) V")
+        raise ValueError(f"--gamma {args.gamma} must be below 1 and at least 0: the value network learns (1 - gamma) V")
     if min(args.num_demos, args.subsample, args.eval_steps, args.save_steps) < 1:
         raise ValueError("--num-demos, --subsample, --eval-steps and --save-steps must be at least 1")
     envs, eval_envs = make_envs(args.env_id, args.num_envs), make_envs(args.env_id, args.eval_episodes)

@@ -74,7 +74,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If there is no "test": a tenth of train
+    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -95,12 +95,12 @@ class Args:
     temperature: float = 1.0  # divides the logits in sampling and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
     reward_model_path: str | None = None  # one-logit sequence classifier; its score is added
-    normalize_reward_model: bool = False  # normalize its scores by reward_mean and reward_std of its config
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens. grpo: per completion first
-    scale_rewards: Literal["group", "none"] = "group"  # divide by the group's std. none: Dr. GRPO
+    normalize_reward_model: bool = False  # standardize scores by reward_mean, reward_std of the model's config
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens. grpo: mean of completion means
+    scale_rewards: Literal["group", "none"] = "group"  # divide advantages by the group's std. none: don't (Dr. GRPO)
     importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token or completion (GSPO)
-    epsilon: float = 0.2  # lower clip bound: 1 - epsilon
-    epsilon_high: float = 0.28  # upper clip bound: 1 + this (DAPO's clip-higher)
+    epsilon: float = 0.2  # clips the probability ratio below, at 1 - epsilon (not in cispo)
+    epsilon_high: float = 0.28  # clips the probability ratio above, at 1 + epsilon_high (DAPO's clip-higher)
     beta: float = 0.0  # weight of the per-token KL to the initial model
     num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO); 1: on-policy
     mask_truncated_completions: bool = False  # no loss on cut-off completions (DAPO)
@@ -210,7 +210,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
     for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no reward is a number for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
+        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
     return table.nansum(0), parts
 
 
@@ -261,7 +261,7 @@ def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: t
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
     files = {file.stem for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
@@ -323,7 +323,7 @@ def load_reward_model(args: Args, device: torch.device) -> Callable:
     model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
     config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
     if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
-        raise ValueError(f"{flag} needs one logit, a pad token other than EOS and, if normalized, reward_std")
+        raise ValueError(f"{flag} needs one logit, a pad token besides EOS and, to normalize, reward_std in its config")
     config.pad_token_id = tokenizer.pad_token_id  # so that transformers finds the last token
     tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
     max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
@@ -449,7 +449,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions: sliding windows, ALiBi and linear attention take no tree mask."""
+    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -458,7 +458,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt, then K branches that see only it and themselves, at positions that continue it."""
+    A row is a tree: a prompt, then K branches. Each sees only the prompt and itself; positions follow the prompt's."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [p for p in prompts for _ in range(K)], 1
@@ -492,7 +492,7 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
     K of a prompt's G completions share a row, which computes the prompt once, but attention is dense over its
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best is cheapest per completion."""
     L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
     best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
     K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
@@ -651,7 +651,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start, seed = time.time(), args.seed * 1_000_000 + step  # functions of step: no RNG state to save
+        step_start, seed = time.time(), args.seed * 1_000_000 + step  # seed depends only on step: no RNG state to save
         samples, sampler_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
         stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
 
@@ -685,7 +685,7 @@ def main(args: Args) -> dict[str, float]:
                 loss.backward()
                 for name, x in {"train/loss": loss.detach(), **mb_stats}.items():
                     stats[name] += x[None] / args.num_iterations
-            for p in model.parameters() if world_size > 1 else ():  # DDP needs equal numbers of micro-batches
+            for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)

@@ -83,14 +83,14 @@ class Args:
     resume: str | None = None  # run folder to continue with its own flags; pass no others
 
     # ---- environment and demonstrations
-    env_id: str | None = None  # needs a table (env.unwrapped.P) or 1-D Box observations. None: the lecture's grid
+    env_id: str | None = None  # with a table (env.unwrapped.P), else "control": 1-D Box obs. None: the lecture's grid
     env_kwargs: str = "{}"  # keyword arguments as JSON. The lecture's grid accepts slip
     horizon: int | None = None  # H, maximum steps per episode. None: the time limit (lecture's grid: 10)
     demos: str | None = None  # .npz of obs, act, lengths, optionally rew. None: sample a max-ent policy
-    num_demos: int | None = None  # use the first n. None: all of --demos; else 10, or a table's exact visits
-    reward_scale: float = 1.0  # multiplies the true reward of the generated demonstrator (temperature 1)
+    num_demos: int | None = None  # use the first n. None: all of --demos. Without --demos: 10 (tables: exact visits)
+    reward_scale: float = 1.0  # scales the true reward for the generated demonstrator; larger: closer to optimal
     expert_steps: int = 150  # control: policy updates to train the demonstrator
-    transfer: str | None = None  # tables: JSON overriding --env-kwargs; also evaluate the reward there
+    transfer: str | None = None  # tables: JSON that overrides --env-kwargs for a second, final evaluation
 
     # ---- maximum-entropy inverse RL. None: the default given for "table" or "control"
     estimator: Literal["exact", "sampled", "both"] | None = None  # table: both. control: sampled
@@ -216,7 +216,7 @@ def gae_episodic(
 def actor_critic_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, values: Tensor, returns: Tensor, epsilon: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped policy loss plus half the squared error of the values, all (b,). The rewards include -log pi."""
+    """PPO's clipped policy loss plus half the squared error of the values, all (b,). -log pi is part of the returns."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
@@ -239,7 +239,7 @@ def fit_exact(
     optimizer = torch.optim.LBFGS(
         reward.parameters(), max_iter=20, history_size=100, tolerance_grad=0, tolerance_change=0,
         line_search_fn="strong_wolfe",
-    )  # a history of 100 halves the iterations
+    )  # tolerances of 0: the loop below decides when to stop
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -413,9 +413,9 @@ class SoftQ(nn.Module):
         return self.q[step.clamp(max=H - 1), state.clamp(max=S - 1)]  # (..., A)
 
     def learn(self, moves: Tensor, arrived: Tensor, reward: Tensor, gamma: float, rate: float) -> None:
-        """One damped backward sweep of soft Q-iteration on all transitions seen so far, s * A + a -> s' (B,): Q_t(s, a)
-        moves toward the mean of r + gamma V_t+1(s') under the newest reward (S, A). The dynamics do not depend on t, so
-        each transition updates every Q_t."""
+        """Count new transitions s * A + a -> s' (B,), then do one damped backward sweep of soft Q-iteration on all seen
+        so far: Q_t(s, a) moves toward the mean of r + gamma V_t+1(s') under the newest reward (S, A). The dynamics do
+        not depend on t, so each transition updates every Q_t."""
         H, S, A = self.q.shape
         self.counts.index_put_((moves, arrived), torch.ones((), dtype=torch.float64), accumulate=True)
         seen = self.counts.sum(1).view(S, A)
@@ -488,7 +488,7 @@ def normalize(obs: Tensor, mean_std: Tensor) -> Tensor:
 
 def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
     """Mean and standard deviation (2, O) of observations (n, O) and (m, O), with half the weight on each set. A good
-    expert's alone barely vary (a pole's angle), so those of a uniform policy count equally."""
+    expert's observations barely vary (a pole's angle), so a uniform policy's count equally."""
     moments = [torch.stack([x.mean(0), x.square().mean(0)]) for x in (expert_obs.double(), uniform_obs.double())]
     mean, square = (moments[0] + moments[1]) / 2  # (O,), (O,)
     return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt() + 1e-6]).float()
@@ -496,7 +496,7 @@ def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
 
 def pair_features(obs: Tensor, actions: Tensor, action_space: gymnasium.Space) -> Tensor:
     """State-action pairs (..., O + A) from normalized observations and unit actions. Indices become one-hot vectors.
-    Unit actions, as the environment takes them: unclipped ones would give the policy away."""
+    Actions are clipped, as in the environment: values out of range would reveal which pairs are the policy's."""
     actions = F.one_hot(actions, int(action_space.n)) if isinstance(action_space, Discrete) else actions  # (..., A)
     return torch.cat([obs, actions.float()], -1)
 
@@ -632,7 +632,7 @@ def main(args: Args) -> dict[str, float]:
         mean_std = torch.tensor([[0.0, 0.0], [S, H]])  # (2, O) of observations (state, step)
     else:
         if args.estimator != "sampled" or args.reward_inputs == "next_state" or args.transfer is not None:
-            raise ValueError(f"{args.env_id} has no table: use --estimator sampled, no next_state, no --transfer")
+            raise ValueError(f"{args.env_id} has no table: --estimator exact/both, next_state and --transfer need one")
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         make = partial(make_envs, args.env_id, **env_kwargs)
         eval_envs = make(args.eval_episodes)
@@ -805,7 +805,7 @@ def main(args: Args) -> dict[str, float]:
         normalizer = {"observation_mean": mean_std[0], "observation_std": mean_std[1]}
         saved = {"reward": reward.state_dict() | normalizer, "policy": policy.state_dict() | normalizer}
     else:
-        leaf = true_reward.clone().requires_grad_()  # how far the two models' visits are apart
+        leaf = true_reward.clone().requires_grad_()  # how far apart the two models' visits are
         log_partition(leaf, table["transition"], table["initial"], H, args.gamma, table["ended"]).backward()
         difference = causal_visits(true_reward, table, args.gamma, H) - leaf.grad  # (S, A)
         metrics["eval/causal_gap"] = difference.sum(1).abs().sum().item()

@@ -7,11 +7,11 @@
 
 The policy samples a response to each prompt, and Python functions or a reward model score the whole response. A
 per-token KL penalty keeps the policy near the initial model. A value network predicts the rewards still to come, and
-the clipped update raises or lowers each token's probability by its advantage over that prediction.
+the clipped update raises or lowers each token's probability according to its advantage over that prediction.
 
     r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  plus score(x, y) at the last token
     A_t = sum_l (gamma lambda)^l delta_t+l,   delta_t = r_t + gamma V(x, y_<t+1) - V(x, y_<t),   R_t = A_t + V(x, y_<t)
-    L(theta) = -E[min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)]
+    L(theta) = -E[min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)]                          (A_t whitened)
                + c E[max((V - R_t)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R_t)^2)] / 2,   rho_t = pi / pi_old
 
 PPO: Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9. GAE: Schulman et al. 2016, arXiv:1506.02438, eq. 16. RLHF:
@@ -81,7 +81,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If there is no "test": a tenth of train
+    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -97,15 +97,15 @@ class Args:
     save_steps: int = 20  # steps between checkpoints
     learning_rate: float | None = None  # peak, of both networks. None: 1e-3 for the tiny model, else 3e-6
     generation_batch_size: int = 256  # completions per rollout across all processes
-    num_generations: int = 1  # G, completions per prompt. PPO needs only one; more share the work of reading the prompt
+    num_generations: int = 1  # G, completions per prompt. One is enough for PPO; if more, the prompt is read only once
     max_completion_length: int = 256  # longest completion, in tokens
     temperature: float = 1.0  # divides the logits in sampling and in the loss; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
-    reward_model_path: str | None = None  # one-logit sequence classifier as the reward. REWARDS are then only logged
-    normalize_reward_model: bool = False  # normalize its scores by reward_mean and reward_std of its config
+    reward_model_path: str | None = None  # one-logit classifier as the reward. Reward functions are then only logged
+    normalize_reward_model: bool = False  # standardize scores by reward_mean, reward_std of the model's config
     num_ppo_epochs: int = 4  # passes over each rollout (Ziegler et al. 2019)
     num_mini_batches: int = 1  # optimizer steps per pass. A prompt's completions stay together
-    target_kl: float | None = None  # no further passes over a rollout after one whose mean KL per token is above this
+    target_kl: float | None = None  # end the passes over a rollout after one whose mean KL per token exceeds this
     kl_coef: float = 0.05  # beta: reward penalty per nat of log pi / pi_ref (default of Huang et al. 2024)
     gamma: float = 1.0  # discount per token (Ziegler et al. 2019)
     lam: float = 0.95  # lambda of GAE (Ziegler et al. 2019)
@@ -230,7 +230,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
     for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no reward is a number for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
+        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
     return table.nansum(0), parts
 
 
@@ -281,7 +281,7 @@ def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: t
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
     files = {file.stem for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
@@ -343,7 +343,7 @@ def load_reward_model(args: Args, device: torch.device) -> Callable:
     model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
     config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
     if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
-        raise ValueError(f"{flag} needs one logit, a pad token other than EOS and, if normalized, reward_std")
+        raise ValueError(f"{flag} needs one logit, a pad token besides EOS and, to normalize, reward_std in its config")
     config.pad_token_id = tokenizer.pad_token_id  # so that transformers finds the last token
     tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
     max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
@@ -493,7 +493,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions: sliding windows, ALiBi and linear attention take no tree mask."""
+    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -502,7 +502,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt, then K branches that see only it and themselves, at positions that continue it."""
+    A row is a tree: a prompt, then K branches. Each sees only the prompt and itself; positions follow the prompt's."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [p for p in prompts for _ in range(K)], 1
@@ -547,7 +547,7 @@ def completion_values(
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
     K of a prompt's G completions share a row, which computes the prompt once, but attention is dense over its
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for the weights. Least per completion at K = best."""
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best is cheapest per completion."""
     L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
     best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
     K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
@@ -580,7 +580,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale values (B, T) to a standard deviation of 1 (ddof 1, as in TRL) over the unmasked tokens of all processes,
+    """Scale values (B, T) to a standard deviation of 1 (ddof 1, as in TRL) where mask is True, over all processes,
     and shift them to mean 0, or keep their mean if not shift_mean. 0 where mask is False."""
     real, count = values[mask], total(mask)  # (N,)
     mean = total(real) / count
@@ -726,7 +726,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
-        step_start, seed = time.time(), args.seed * 1_000_000 + step  # functions of step: no RNG state to save
+        step_start, seed = time.time(), args.seed * 1_000_000 + step  # seed depends only on step: no RNG state to save
         samples, old_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
         stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
         num_tokens = total(mask)
@@ -782,7 +782,7 @@ def main(args: Args) -> dict[str, float]:
                         gap = (logprobs.detach() - fixed["old_logprobs"]).abs()  # (b, T)
                         difference[mb, :T] = torch.where(fixed["mask"], gap, math.nan)
                     # old_logprobs are the sampler's. Recomputed here they would be wrong for M > 1, as the policy has
-                    # moved since the rollout. The sampler's rounding is small beside epsilon, also in bf16.
+                    # moved since the rollout. The sampler's rounding is small beside epsilon, even in bf16.
                     policy_loss, _ = ppo_loss(logprobs, values=fixed["old_values"], **fixed)  # value term constant
                     policy_loss.backward()  # frees the policy's graph before the value network builds its own
                     with autocast:
@@ -791,7 +791,7 @@ def main(args: Args) -> dict[str, float]:
                     loss.backward()
                     for name, x in mb_stats.items():
                         stats[name] += x[None] * minibatch_tokens / num_tokens
-                for p in parameters if world_size > 1 else ():  # DDP needs equal numbers of micro-batches
+                for p in parameters if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
                     if p.grad is not None:
                         dist.all_reduce(p.grad)
                 for name, network in (("train/grad_norm", model), ("val/grad_norm", critic)):

@@ -76,7 +76,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If there is no "test": a tenth of train
+    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -87,7 +87,7 @@ class Args:
     sft_steps: int = 1200  # supervised steps for the tiny model
 
     # ---- reward model
-    num_train_epochs: float = 1.0  # passes over the rankings. More than one overfits (InstructGPT, C.2)
+    num_train_epochs: float = 1.0  # passes over the rankings. InstructGPT (C.2) overfits with more than one
     max_steps: int | None = None  # optimizer steps. None: as many as --num-train-epochs takes
     eval_steps: int = 100  # steps between evaluations
     save_steps: int = 100  # steps between checkpoints
@@ -95,7 +95,7 @@ class Args:
     train_batch_size: int = 64  # rankings per optimizer step, over all processes
     max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
     ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # loss for rankings of three or more answers
-    center_rewards_coefficient: float = 0.0  # weight of the squared sum of a ranking's rewards (TRL: 0.01)
+    center_rewards_coefficient: float = 0.0  # weight of a centering penalty: (sum of a ranking's rewards)^2 (TRL: 0.01)
 
 
 def bradley_terry_loss(
@@ -149,7 +149,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
 
 
 def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, ...] = (-10, -1, 1, 10)) -> list[dict]:
-    """`count` pairs per sum: a right answer, mostly with its work shown, and one off by an error, mostly without."""
+    """`count` pairs per sum: a right answer, mostly with its work shown, and a wrong answer, mostly without."""
     pairs, rng = [], random.Random(seed)
     for row in rows * count:
         units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
@@ -220,8 +220,8 @@ def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
 
 def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
     """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
-    An absent prompt is their longest common beginning: of turns, or of words in plain texts. A prompt never ends with
-    an assistant turn, and an answer begins and ends with one."""
+    Without a prompt column, it is their longest common beginning, in turns or, for plain texts, in words. A prompt
+    never ends with an assistant turn, and an answer begins and ends with one."""
     prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
     answers, is_dialogue = answers if isinstance(answers, list) else [None], False
     if all(isinstance(text, str) for text in [prompt or "", *answers]):
@@ -236,7 +236,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
     answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
     turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])
     is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
-    if is_valid:  # the prompt may be repeated, also after a system turn
+    if is_valid:  # answers may repeat the prompt, even after a system turn
         wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
         n = 0
         while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
@@ -279,7 +279,7 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_le
                 "characters": [float(sum(len(turn["content"]) for turn in answer)) for answer in answers],
             })
     if left_out := len(rows) - len(examples):
-        print(f"{left_out} of {len(rows)} rankings left out: empty, equal in {max_length} tokens, unknown characters")
+        print(f"{left_out} of {len(rows)} rankings left out: empty, unknown characters, same first {max_length} tokens")
     return examples
 
 
@@ -288,7 +288,7 @@ def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTo
     with a pad token other than EOS. A new head has std 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
     files = {file.name.split(".")[0] for file in Path(name).glob("*")}
     if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (a run's is in its model/)")
+        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     auto_class = AutoModelForSequenceClassification
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -312,7 +312,7 @@ def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions: sliding windows, ALiBi and linear attention take no tree mask."""
+    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -321,7 +321,7 @@ def fits_tree(model: PreTrainedModel) -> bool:
 
 def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
     """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt, then K branches that see only it and themselves, at positions that continue it."""
+    A row is a tree: a prompt, then K branches. Each sees only the prompt and itself; positions follow the prompt's."""
     K, device = len(completions) // len(prompts), model.device
     if K > 1 and not fits_tree(model):
         prompts, K = [p for p in prompts for _ in range(K)], 1
@@ -516,7 +516,7 @@ def main(args: Args) -> dict[str, float]:
             (loss * len(scores) / B).backward()  # micro-batches add up to the mean over the batch
             for name, x in stats.items():
                 values[f"train/{name}"].append(x)
-        for p in model.parameters() if world_size > 1 else ():  # DDP needs equal numbers of micro-batches
+        for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
             if p.grad is not None:
                 dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)

@@ -96,12 +96,17 @@ def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
     if not tags:
         return None
     x = "environment steps" if script in ("maxent_irl", "gail") else "step"
+    own = {"seed", "output_dir", "resume", "reward_model_path", "demos"}  # flags that may differ without a word
+    changed = [k for k in runs[0][0] if k not in own and len({str(args.get(k)) for args, _ in runs}) > 1]
+    groups = sorted({tuple(str(args.get(k)) for k in changed) for args, _ in runs})
     figure = Figure(figsize=(4 * len(tags), 3.4), layout="constrained")
     for axes, (tag, y) in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags.items()):
         for i, (args, events) in enumerate(runs):
             if curve := points(events, tag):
-                label = f"seed {args['seed']}"
-                axes.plot(*zip(*curve.items()), COLORS[script] + STYLES[i % 4], linewidth=1, label=label)
+                values = tuple(str(args.get(k)) for k in changed)
+                label = ", ".join([f"seed {args['seed']}", *(f"{k} {value}" for k, value in zip(changed, values))])
+                style = STYLES[groups.index(values) % 4 if changed else i % 4]
+                axes.plot(*zip(*curve.items()), COLORS[script] + style, linewidth=1, label=label)
         for name, style in (("expert", "-"), ("bc", "--"), ("random", ":")) if tag == "eval/return" else ():
             values = [[*curve.values()][-1] for _, events in runs if (curve := points(events, f"eval/{name}_return"))]
             if values:
@@ -111,7 +116,8 @@ def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
         if script in ("ppo_llm", "dpo") and tag == "eval/accuracy" and None not in starts:
             axes.axhline(sum(starts) / len(starts), color="gray", linewidth=1, linestyle=":", label="supervised model")
         finish(axes, x, y)
-        axes.legend(fontsize="small")
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize="small")
     figure.suptitle(f"{script}.py on {task}")
     return figure
 

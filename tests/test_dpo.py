@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, LlamaForCausalLM, MistralConfig
 
 import dpo
-from dpo import Args, conversation_ids, encode_pairs, main, pair_logps, split_row
+from dpo import Args, conversation_ids, dpo_loss, encode_pairs, main, pair_logps, split_row
 
 TEST = PAIRS[24:30]
 FROZEN = 1e-12  # a learning rate that changes no weight by more than rounding
@@ -47,6 +47,44 @@ def chat_tokenizer(template: str | None):
     tokenizer.add_special_tokens({"additional_special_tokens": LETTERS[-2:]})
     tokenizer.chat_template = template
     return tokenizer
+
+
+# ---- losses
+
+CHOSEN, REJECTED = torch.tensor([-2.0, -5.0, -1.0]), torch.tensor([-4.0, -3.0, -1.5])
+REF_CHOSEN, REF_REJECTED = torch.tensor([-3.0, -4.0, -1.0]), torch.tensor([-3.5, -3.5, -1.0])
+H = [0.1 * ((-2 + 3) - (-4 + 3.5)), 0.1 * ((-5 + 4) - (-3 + 3.5)), 0.1 * ((-1 + 1) - (-1.5 + 1))]
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("loss_type, smoothing, by_hand", [
+    ("sigmoid", 0.0, lambda h: -math.log(sigmoid(h))),
+    ("sigmoid_norm", 0.0, lambda h: -math.log(sigmoid(h))),
+    ("sigmoid", 0.2, lambda h: -0.8 * math.log(sigmoid(h)) - 0.2 * math.log(sigmoid(-h))),
+    ("robust", 0.2, lambda h: (-0.8 * math.log(sigmoid(h)) + 0.2 * math.log(sigmoid(-h))) / 0.6),
+    ("hinge", 0.0, lambda h: max(0.0, 1 - h)),
+    ("ipo", 0.0, lambda h: (h / 0.1 - 1 / 0.2) ** 2),
+])  # fmt: skip
+def test_losses_by_hand(loss_type, smoothing, by_hand):
+    losses, chosen, rejected = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, loss_type, smoothing)
+    assert losses.tolist() == pytest.approx([by_hand(h) for h in H], rel=1e-5)
+    assert chosen.tolist() == pytest.approx([0.1, -0.1, 0.0], abs=1e-7)
+    assert rejected.tolist() == pytest.approx([-0.05, 0.05, -0.05], abs=1e-7)
+
+
+def test_losses_against_other_formulas():
+    c, r, ref_c, ref_r = torch.randn(4, 50, dtype=torch.float64)
+    strengths = [(x - ref).exp() ** 0.7 for x, ref in ((c, ref_c), (r, ref_r))]  # Bradley-Terry
+    clean = dpo_loss(c, r, ref_c, ref_r, 0.7, "sigmoid", 0.0)[0]
+    assert torch.allclose(clean.neg().exp(), strengths[0] / sum(strengths))
+    flips = [dpo_loss(*logps, 0.7, "robust", 0.3)[0] for logps in ((c, r, ref_c, ref_r), (r, c, ref_r, ref_c))]
+    assert torch.allclose(0.7 * flips[0] + 0.3 * flips[1], clean)  # unbiased if 30% of the labels are flipped
+    for length in (5, 10):  # IPO: the best gap is 1 / (2 beta), of means whatever the length, of sums it is not
+        zeros, gaps = torch.zeros(2), torch.tensor([2.0, 2.0 * length])
+        losses = dpo_loss(gaps, zeros, zeros, zeros, 0.25, "ipo", 0.0)[0]
+        assert losses.tolist() == pytest.approx([0.0, (2.0 * length - 2.0) ** 2])
 
 
 # ---- data

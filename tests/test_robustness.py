@@ -221,7 +221,7 @@ BAD_INPUTS = [
     ("grpo_llm", {"model_name_or_path": damaged("config.json", b'{"model_type": "none"}')}, "--model-name-or-path"),
     ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, None)}, "--model-name-or-path"),
     ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, b"torn")}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": run_of_model()}, "a run's is in its model/"),
+    ("grpo_llm", {"model_name_or_path": run_of_model()}, "(for a run: use its model/)"),
     ("grpo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
     ("grpo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     ("grpo_llm", {"dataset_name": "no-such-file.jsonl"}, "no-such-file.jsonl"),
@@ -261,7 +261,7 @@ BAD_INPUTS = [
     ("gail", {"env_id": "Blackjack-v1"}, "has observations Tuple"),
     ("gail", {"constant_action": 2}, "--constant-action 2 must be in Discrete(2)"),
     ("gail", {"env_id": "Pendulum-v1", "constant_action": 0}, "--constant-action 0 must be in Box"),
-    ("gail", {"demos": demos(), "constant_action": 0}, "--constant-action 0 must be in Discrete(2), and excludes --demos"),
+    ("gail", {"demos": demos(), "constant_action": 0}, "in Discrete(2), and excludes --demos"),
     ("gail", {"demos": "missing.npz"}, "--demos missing.npz cannot be read"),
     ("gail", {"demos": file("text.npz", b"obs act lengths")}, "text.npz cannot be read as .npz"),
     ("gail", {"demos": file("torn.npz", b"PK\x03\x04")}, "torn.npz cannot be read as .npz"),
@@ -270,7 +270,7 @@ BAD_INPUTS = [
     ("gail", {"demos": demos(lengths=np.array([2, 3]))}, "obs must be finite, of shape (5, 4); got shape (6, 4)"),
     ("gail", {"demos": demos(lengths=np.array([[2], [4]]))}, "lengths must hold the number of steps"),
     ("gail", {"demos": demos(lengths=np.array([6, 0]))}, "lengths must hold the number of steps"),
-    ("gail", {"demos": demos(obs=np.zeros((6, 3)))}, "obs must be finite, of shape (6, 4); got shape (6, 3)"),
+    ("gail", {"demos": demos(obs=np.zeros((6, 3)))}, "of shape (6, 4); got shape (6, 3)"),
     ("gail", {"demos": demos(act=np.zeros((6, 2)))}, "act must be finite, of shape (6,); got shape (6, 2)"),
     ("gail", {"demos": demos(act=np.array([0, 1, 2, 0, 0, 0]))}, "act has 2, which is not in Discrete(2)"),
     ("gail", {"demos": demos(act=np.array([0, 0.5, 1, 0, 0, 0]))}, "act has 0.5, which is not in Discrete(2)"),
@@ -289,7 +289,7 @@ BAD_INPUTS = [
     ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"success_rate": 2}'}, "negative or do not sum to 1"),
     ("maxent_irl", {"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "(64, 4), not (16, 4)"),
     ("maxent_irl", {**POLES, "demos": "missing.npz"}, "--demos missing.npz cannot be read"),
-    ("maxent_irl", {**POLES, "demos": demos(obs=np.zeros((6, 3)))}, "obs must be finite, of shape (6, 4); got shape (6, 3)"),
+    ("maxent_irl", {**POLES, "demos": demos(obs=np.zeros((6, 3)))}, "of shape (6, 4); got shape (6, 3)"),
 ]  # fmt: skip
 
 
