@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import digit_reward, make_model, run_folder, scalars, tiny_flags, weights, write_rows
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
 
 import grpo_llm
 
@@ -251,3 +251,15 @@ def test_the_supervised_model_learns_the_demonstrations_with_their_end_and_not_t
     assert min(probs[:, 5, seven].min(), probs[:, 5, eight].min()) > 0.2 and eos == tokenizer.eos_token_id
     assert min(probs[:, 6, eight].min(), probs[:, 7, eos].min(), ends[:, 6, eos].min()) > 0.9
     assert probs[:, :5].gather(2, ids[:, 1:6, None]).log().mean() < -2.2  # the prompt learned: -1.4. Uniform: -2.7
+
+
+def test_every_pass_is_under_autocast_and_those_of_training_are_checkpointed(run, monkeypatch):
+    def forward(model, *args, **kwargs):
+        passes.append((torch.is_autocast_enabled("cpu"), model.training, model.layers[0].gradient_checkpointing))
+        return original(model, *args, **kwargs)
+
+    passes, original = [], LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    run(bf16=True, gradient_checkpointing=True, beta=0.1, max_steps=1)
+    assert all(autocast for autocast, _, _ in passes)
+    assert {is_checkpointed for _, is_training, is_checkpointed in passes if is_training} == {True}
