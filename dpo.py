@@ -553,7 +553,7 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- log: over the whole update and all processes
         progress["step"], means = step + 1, torch.stack([*stats.values()])  # (tags,)
-        if dist.is_initialized():
+        if world_size > 1:
             dist.all_reduce(means)
         logs = dict(zip(stats, means.tolist())) | {
             "train/grad_norm": grad_norm, "train/epoch": (step + 1) * B / len(train),

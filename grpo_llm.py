@@ -111,7 +111,7 @@ def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_rewards == "group":
         advantages /= rewards.std(1, keepdim=True) + 1e-4
-    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)  # exactly 0
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)  # exactly 0, no rounding noise
 
 
 def grpo_loss(
@@ -210,7 +210,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
     for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
+        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}: not a number?".format(**samples[i]))
     return table.nansum(0), parts
 
 
@@ -576,7 +576,7 @@ def main(args: Args) -> dict[str, float]:
     ref_model = load_pretrained(initial)[0].to(device) if args.beta else None
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    eos = model.generation_config.eos_token_id  # id(s) or None; some models end with BOS
+    eos = model.generation_config.eos_token_id  # id(s) or None; some models end a text with BOS
     stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
     peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)

@@ -230,7 +230,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
     for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
+        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}: not a number?".format(**samples[i]))
     return table.nansum(0), parts
 
 
@@ -650,7 +650,7 @@ def main(args: Args) -> dict[str, float]:
     if args.gradient_checkpointing:
         for network in {model, value_model}:
             network.activation_checkpointing_enable({"use_reentrant": False})
-    eos = model.generation_config.eos_token_id  # id(s) or None; some models end with BOS
+    eos = model.generation_config.eos_token_id  # id(s) or None; some models end a text with BOS
     stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
     peak_lr = (3e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
     parameters = [*model.to(device).parameters(), *critic.to(device).parameters()]

@@ -487,7 +487,7 @@ def main(args: Args) -> dict[str, float]:
             confidence = stats["margin"].abs().sigmoid()  # (N,), from 0.5 to 1, in bins of width 0.1
             sums = torch.stack([confidence, stats["accuracy"], torch.ones_like(confidence)], 1)  # (N, 3)
             bins.index_add_(0, (confidence * 10 - 5).long().clamp(max=4), sums)
-        if dist.is_initialized():
+        if world_size > 1:
             dist.all_reduce(bins)
         error = (bins[:, 0] - bins[:, 1]).abs().sum() / bins[:, 2].sum()
         results = global_means(values) | {"eval/calibration_error": error.item()}
