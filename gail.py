@@ -578,7 +578,7 @@ def main(args: Args) -> dict[str, float]:
 
     # ---- normalizer, behavior cloning
     if checkpoint is None:
-        mean_std = progress["mean_std"] = observation_mean_std(expert_obs, uniform_obs)  # fixed, or max_kl would not hold
+        mean_std = progress["mean_std"] = observation_mean_std(expert_obs, uniform_obs)  # fixed, so that max_kl holds
         clone_behavior(
             clone, normalize(expert_obs, mean_std), expert_actions, args.bc_epochs, args.bc_batch_size,
             args.bc_learning_rate, torch.Generator().manual_seed(args.seed),

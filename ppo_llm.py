@@ -230,7 +230,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
     for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}: not a number?".format(**samples[i]))
+        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
     return table.nansum(0), parts
 
 
