@@ -209,6 +209,8 @@ def policy_ours(spec: dict, watch: Stopwatch) -> None:
     script.REWARDS = ((crc_reward, 1.0),)
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
     flags = {"eval_generations": 1}  # fewer than in training, so that the stopwatch tells them apart
+    if spec["max_tokens_per_microbatch"]:
+        flags["max_tokens_per_microbatch"] = spec["max_tokens_per_microbatch"]
     if spec["method"] == "ppo":
         flags |= {
             "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
@@ -466,6 +468,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="of the samplers (default: 2)")
     parser.add_argument("--num-generations", type=int, help="completions a prompt (default: 8 for grpo, 1 for ppo)")
     parser.add_argument("--share-value-backbone", action="store_true", help="ppo, our side only")
+    parser.add_argument("--max-tokens-per-microbatch", type=int, help="grpo and ppo, our side only (default: its own)")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's FLOP/s (default: H200, bf16)")
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
@@ -529,6 +532,7 @@ def main() -> None:
         "method": options.method, "size": options.size, "device": options.device,
         "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
         "num_generations": options.num_generations, "share_value_backbone": options.share_value_backbone,
+        "max_tokens_per_microbatch": options.max_tokens_per_microbatch,
         "ratio": other and other["seconds"] / ours["seconds"],
         "ratio_per_token": other and other["token_ms"] / ours["token_ms"],  # the lengths differ a little by chance
         "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],
