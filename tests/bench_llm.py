@@ -176,6 +176,12 @@ class Stopwatch:
         print(json.dumps(values), file=self.reports, flush=True)
 
 
+def microbatch_flag(spec: dict) -> dict:
+    """The keyword of Args, where --max-tokens-per-microbatch was given."""
+    tokens = spec["max_tokens_per_microbatch"]
+    return {"max_tokens_per_microbatch": tokens} if tokens else {}
+
+
 def policy_ours(spec: dict, watch: Stopwatch) -> None:
     """grpo_llm.py or ppo_llm.py."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -209,8 +215,7 @@ def policy_ours(spec: dict, watch: Stopwatch) -> None:
     script.REWARDS = ((crc_reward, 1.0),)
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
     flags = {"eval_generations": 1}  # fewer than in training, so that the stopwatch tells them apart
-    if spec["max_tokens_per_microbatch"]:
-        flags["max_tokens_per_microbatch"] = spec["max_tokens_per_microbatch"]
+    flags |= microbatch_flag(spec)
     if spec["method"] == "ppo":
         flags |= {
             "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
@@ -339,7 +344,7 @@ def pairs_ours(spec: dict, watch: Stopwatch) -> None:
     script.main(script.Args(
         model_name_or_path="model", dataset_name="pairs.jsonl", device=spec["device"], bf16=spec["bf16"],
         max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PAIRS, learning_rate=LEARNING_RATE,
-        train_batch_size=PAIRS, seed=spec["seed"],
+        train_batch_size=PAIRS, seed=spec["seed"], **microbatch_flag(spec),
     ))  # fmt: skip
 
 
@@ -468,7 +473,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="of the samplers (default: 2)")
     parser.add_argument("--num-generations", type=int, help="completions a prompt (default: 8 for grpo, 1 for ppo)")
     parser.add_argument("--share-value-backbone", action="store_true", help="ppo, our side only")
-    parser.add_argument("--max-tokens-per-microbatch", type=int, help="grpo and ppo, our side only (default: its own)")
+    parser.add_argument("--max-tokens-per-microbatch", type=int, help="our side only (default: the script's)")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's FLOP/s (default: H200, bf16)")
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
