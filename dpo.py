@@ -180,17 +180,14 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 
 def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: type = AutoModelForCausalLM) -> tuple:
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
-    files = {file.stem for file in Path(name).glob("*")}
-    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):
             vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{flag} {name} is not a model with its tokenizer (of a run, use model/): {error}") from None
     if report["missing_keys"]:
         raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
@@ -421,6 +418,9 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    for name, value in vars(args).items():
+        if type(value) is int and value <= 0 and name not in ("seed", "warmup_steps"):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if B < world_size:
@@ -458,9 +458,11 @@ def main(args: Args) -> dict[str, float]:
     held_out = held_out[: args.max_eval_samples]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
-    ids = held_out[0]["ids"] + held_out[0]["completions"][0]
-    loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
-    if abs(loss + completion_logprobs(model, [ids[:1]], [ids[1:]], 1.0).mean()) > 1e-3:
+    model, ids = model.to(device), held_out[0]["ids"] + held_out[0]["completions"][0]
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor([ids], device=device), labels=torch.tensor([ids], device=device)).loss
+        difference = loss + completion_logprobs(model, [ids[:1]], [ids[1:]], 1.0).mean()
+    if difference.abs() > 1e-3:
         raise ValueError(f"{type(model).__name__} is not supported: it scales or caps the logits of its head")
     num_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
     if args.gradient_checkpointing:
@@ -468,7 +470,7 @@ def main(args: Args) -> dict[str, float]:
     beta = (0.1 if args.model_name_or_path else 0.3) if args.beta is None else args.beta
     rpo_alpha = (0.0 if args.model_name_or_path else 1.0) if args.rpo_alpha is None else args.rpo_alpha
     peak_lr = (1e-6 if args.model_name_or_path else 3e-4) if args.learning_rate is None else args.learning_rate
-    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, *schedule))
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -484,7 +486,7 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError("--ref-model-name-or-path needs the token ids of --model-name-or-path")
         progress["ref_logps"] = all_logps(frozen.to(device), train + held_out, args.max_tokens_per_microbatch, autocast)
         del frozen
-    for pair, ref_logps in zip(train + held_out, progress["ref_logps"].tolist()):
+    for pair, ref_logps in zip(train + held_out, progress["ref_logps"].tolist(), strict=True):
         pair["ref_logps"] = ref_logps
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
@@ -528,7 +530,6 @@ def main(args: Args) -> dict[str, float]:
 
     if not args.resume:
         progress["metrics"] = evaluate(0)
-
     rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(num_steps * B // len(train) + 1)]
     order = [e for rng in rngs for e in rng.sample(train, len(train))]
     bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
@@ -582,8 +583,8 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name, x in before.items():
-            print(f"{name}: {x:.3f} -> {after[name]:.3f}")
+        for name, x in after.items():
+            print(f"{name}: {before.get(name, math.nan):.3f} -> {x:.3f}")
         print(run_dir)
     if world_size > 1:
         dist.destroy_process_group()

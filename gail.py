@@ -506,13 +506,14 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    for name, value in vars(args).items():
+        if type(value) is int and value <= 0 and name not in ("seed", "constant_action", "bc_epochs"):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if not 0 <= args.gamma < 1:
         raise ValueError(f"--gamma {args.gamma} must be below 1 and at least 0: the value network learns (1 - gamma) V")
-    if min(args.num_demos, args.subsample, args.eval_steps, args.save_steps) < 1:
-        raise ValueError("--num-demos, --subsample, --eval-steps and --save-steps must be at least 1")
     envs, eval_envs = make_envs(args.env_id, args.num_envs), make_envs(args.env_id, args.eval_episodes)
     observation_space, action_space = envs.single_observation_space, envs.single_action_space
     check_spaces(observation_space, action_space)
@@ -524,13 +525,12 @@ def main(args: Args) -> dict[str, float]:
         raise ValueError(f"--constant-action {args.constant_action} must be in {action_space}, and excludes --demos")
     if args.demos is not None:
         demos = load_demos(args.demos, args.num_demos, observation_space, action_space)
-    num_steps = args.num_steps or episode_steps
+    num_steps, first_seed = args.num_steps or episode_steps, args.seed * 10**9
     iterations = max(1, math.ceil(args.total_timesteps / (args.num_envs * num_steps)))
     task = args.env_id.replace(":", "-").replace("/", "-")
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(start_time)}")
     print(run_dir)
     torch.manual_seed(args.seed)  # for the initial weights only; all other randomness has generators of its own
-    first_seed = args.seed * 10**9
     policy, clone = (Policy(O, action_space, args.hidden_size).to(device) for _ in range(2))
     value = mlp(O, 1, args.hidden_size, 0.01).to(device)
     discriminator = mlp(O + A, 1, args.hidden_size, 0.01).to(device)
@@ -657,7 +657,7 @@ def main(args: Args) -> dict[str, float]:
         # ---- evaluate
         if (step + 1) % args.eval_steps == 0 or step + 1 == iterations:
             eval_return, _ = mean_return_and_length(play(eval_envs, policy, "greedy", EVAL_SEEDS))
-            score = (eval_return - random_return) / (expert_return - random_return or math.nan)
+            score = (eval_return - random_return) / ((expert_return - random_return) or math.nan)
             metrics |= {"eval/return": eval_return, "eval/normalized_score": score}
             if not score >= 0.95:
                 metrics |= not_reached
@@ -684,8 +684,8 @@ def main(args: Args) -> dict[str, float]:
     (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
     for opened in (writer, envs, eval_envs):
         opened.close()
-    rows = ("random", random_return), ("BC", bc_return), ("GAIL", metrics["eval/return"]), ("expert", expert_return)
-    for name, x in rows:
+    returns = random_return, bc_return, metrics["eval/return"], expert_return
+    for name, x in zip(("random", "BC", "GAIL", "expert"), returns):
         print(f"{name:8} {x:10.1f}".replace("    nan", "unknown"))
     print(run_dir)
     return metrics

@@ -31,7 +31,6 @@ counts (tables) or PPO (arXiv:1707.06347). E_model[.] becomes a sum over samples
     python maxent_irl.py                             # laptop: the lecture's grid, both estimators
     python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
     python maxent_irl.py --env-id CartPole-v1 --demos CartPole-v1.npz --num-demos 10 --max-steps 200
-    python maxent_irl.py --env-id Pendulum-v1 --gamma 0.95 --gae-lambda 0.9      # trains its demonstrator first
     python maxent_irl.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
 Shapes: N environments, T steps each, B valid steps in all (`mask` (T, N)), b per minibatch; O observation features;
@@ -120,9 +119,8 @@ class Args:
 
 def as_matrix(transition: Tensor) -> Tensor:
     """Transition (S, A, S) or sparse (S*A, S) as a float64 matrix (S*A, S): dense, or CSR (20 times as fast as COO)."""
-    if transition.layout == torch.strided:
-        return transition.reshape(-1, transition.shape[-1]).double()
-    return transition.double().to_sparse_csr()
+    is_dense = transition.layout == torch.strided
+    return (transition.flatten(0, -2) if is_dense else transition.to_sparse_csr()).double()
 
 
 def successors(transition: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +136,8 @@ def successors(transition: Tensor) -> tuple[Tensor, Tensor]:
 def ended_states(reward: Tensor, transition: Tensor) -> Tensor:
     """Mask (S, 1) of absorbing states without reward, where the episode has ended. Setting their reward to -log A
     cancels the entropy that logsumexp would credit for choosing among their actions."""
-    S, A = reward.shape
-    matrix = as_matrix(transition).to_sparse_coo().coalesce()
-    rows, columns = matrix.indices()
-    staying = matrix.values() * (rows // A == columns)  # (moves,)
-    stay = torch.zeros(S * A, dtype=torch.float64).index_add_(0, rows, staying).view(S, A)
+    matrix = as_matrix(transition).to_dense()  # (S*A, S)
+    stay = matrix.view(*reward.shape, -1).diagonal(dim1=0, dim2=2).t()  # (S, A)
     return ((stay > 1 - 1e-9) & (reward == 0)).all(1, keepdim=True)
 
 
@@ -195,8 +190,7 @@ def log_partition(
 def importance_weights(returns: Tensor, logprobs: Tensor) -> Tensor:
     """Self-normalized weights (N,) of trajectories (or segments) that a policy drew with these log-probabilities (N,),
     summed over time: softmax_j(r(tau_j) - log pi(tau_j)). The dynamics cancel, as does a constant in the returns."""
-    weights = (returns.double() - logprobs.double()).softmax(0)  # fp32 would round sums of 1e4 to 1e-3
-    return weights.to(torch.promote_types(returns.dtype, torch.float32))
+    return (returns.double() - logprobs.double()).softmax(0).to(returns.dtype)  # fp32 rounds sums of 1e4 to 1e-3
 
 
 def gae_episodic(
@@ -376,8 +370,7 @@ class ActorCritic(nn.Module):
         self.critic = mlp(num_inputs, 1, hidden_size, 1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
-        outputs = self.actor(obs)
-        return outputs if self.discrete else outputs.clamp(-1, 6).exp()  # from slightly U-shaped to a std of 0.035
+        return self.actor(obs) if self.discrete else self.actor(obs).clamp(-1, 6).exp()  # U-shaped to std 0.035
 
     def select(self, outputs: Tensor, mode: str, generator: torch.Generator | None) -> Tensor:
         """Actions, indices (N,) or numbers (N, A). mode: "sample" from the policy, or "uniform"."""
@@ -617,14 +610,21 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    for name, value in vars(args).items():
+        if type(value) is int and value <= 0 and name != "seed":
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     env_kwargs, device = json.loads(args.env_kwargs), torch.device("cpu")
-    table, limit = load_table(args.env_id, env_kwargs)
+    try:
+        table, limit = load_table(args.env_id, env_kwargs)
+        other, _ = load_table(args.env_id, env_kwargs | json.loads(args.transfer)) if args.transfer else (None, None)
+    except TypeError as error:
+        raise ValueError(f"--env-kwargs, --transfer: {error}") from None
     args = replace(args, **{k: pair[table is None] for k, pair in DEFAULTS.items() if getattr(args, k) is None})
     H = limit if args.horizon is None else args.horizon
-    if H is None or H < 1:
-        raise ValueError(f"--horizon must be at least 1, and set if --env-id has no time limit; it is {H}")
+    if H is None:
+        raise ValueError(f"--horizon must be set: {args.env_id} has no time limit")
     if table is not None:
         S, A = table["reward"].shape
         make, observation_space, action_space = partial(TableEnv, table), Discrete(S), Discrete(A)
@@ -637,18 +637,19 @@ def main(args: Args) -> dict[str, float]:
         make = partial(make_envs, args.env_id, **env_kwargs)
         eval_envs = make(args.eval_episodes)
         observation_space, action_space = eval_envs.single_observation_space, eval_envs.single_action_space
-        if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
-            raise ValueError(f"--env-id has observations {observation_space}: only 1-D Box and tables are supported")
+        box_obs, box_act = (isinstance(x, Box) and len(x.shape) == 1 for x in (observation_space, action_space))
+        is_discrete = isinstance(action_space, Discrete) and action_space.start == 0
+        if not (box_obs and (is_discrete or box_act and action_space.is_bounded() and action_space.dtype.kind == "f")):
+            raise ValueError(f"--env-id has observations {observation_space} and actions {action_space}; supported are "
+                             "tables, and 1-D Box observations with Discrete actions from 0 or a bounded 1-D Box")
         O = observation_space.shape[0]
         make_policy = partial(ActorCritic, O, action_space, args.hidden_size)
         mean_std = torch.stack([torch.zeros(O), torch.ones(O)]).to(device)  # (2, O)
     estimators = ("exact", "sampled") if args.estimator == "both" else (args.estimator,)
     max_steps, N = args.max_steps if "sampled" in estimators else 0, args.num_trajectories
     envs, first_seed = make(N), args.seed * 10**9
-    if args.transfer is not None:
-        other, _ = load_table(args.env_id, env_kwargs | json.loads(args.transfer))
-        if other["reward"].shape != (S, A):
-            raise ValueError(f"--transfer: its table has shape {tuple(other['reward'].shape)}, not {S, A}")
+    if args.transfer is not None and other["reward"].shape != (S, A):
+        raise ValueError(f"--transfer: its table has shape {tuple(other['reward'].shape)}, not {S, A}")
     demos = None if args.demos is None else load_demos(args.demos, args.num_demos, observation_space, action_space)
     if demos is not None and demos[2].max() > H:
         raise ValueError(f"--demos has an episode of {int(demos[2].max())} steps, more than --horizon {H}")
@@ -719,10 +720,9 @@ def main(args: Args) -> dict[str, float]:
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     elif "exact" in estimators:
-        settings = args.gamma, H, args.exact_tolerance, args.exact_steps
-        loss, gap = fit_exact(modules["exact"], target_visits, table, *settings)
-        writer.add_scalar("exact/loss", loss, 0)
-        writer.add_scalar("exact/gradient_max", gap, 0)
+        fit = fit_exact(modules["exact"], target_visits, table, args.gamma, H, args.exact_tolerance, args.exact_steps)
+        for name, x in zip(("loss", "gradient_max"), fit):
+            writer.add_scalar(f"exact/{name}", x, 0)
 
     bar = trange(progress["step"], max_steps + 1, initial=progress["step"], total=max_steps, disable=not max_steps)
     for step in bar:
@@ -799,7 +799,7 @@ def main(args: Args) -> dict[str, float]:
     if table is None:
         batch = rollout(eval_envs, policy, mean_std, H, first_seed + EVAL_SEEDS, "sample", one_episode=True)
         value = (batch["rewards"] * batch["mask"]).sum().item() / args.eval_episodes
-        score = (value - random_return) / (expert_return - random_return or math.nan)
+        score = (value - random_return) / ((expert_return - random_return) or math.nan)
         found["sampled"] = {"expert_return": expert_return, "random_return": random_return, "return": value}
         found["sampled"] |= {"expected_value_difference": expert_return - value, "normalized_score": score}
         normalizer = {"observation_mean": mean_std[0], "observation_std": mean_std[1]}

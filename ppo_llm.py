@@ -187,7 +187,7 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
 
 # ---- Rewards: edit these. Each returns a number, or None where it does not apply.
 NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-MARKED = re.compile(r"####\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+MARKED = re.compile(r"####(?![#\s*]*[A-Za-z])\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
 
 
@@ -219,12 +219,11 @@ REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # (function, weight); 
 
 def score_completions(samples: list[dict], reward_model: Callable | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Rewards (B,) of samples {prompt, text, answer, ...}, and each function's by name (B,), nan for None."""
-    parts, weighted = {}, []
-    for function, weight in REWARDS:
+    parts = {}
+    for function, _ in REWARDS:
         values = [function(s["prompt"], s["text"], s["answer"]) for s in samples]
         parts[function.__name__] = torch.tensor([math.nan if x is None else float(x) for x in values])
-        if weight:
-            weighted.append(weight * parts[function.__name__])
+    weighted = [weight * parts[function.__name__] for function, weight in REWARDS if weight]
     if reward_model:
         parts["reward_model"] = reward_model(samples)
         weighted.append(parts["reward_model"])
@@ -279,17 +278,14 @@ def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, d
 
 def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: type = AutoModelForCausalLM) -> tuple:
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
-    files = {file.stem for file in Path(name).glob("*")}
-    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):
             vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{flag} {name} is not a model with its tokenizer (of a run, use model/): {error}") from None
     if report["missing_keys"]:
         raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
@@ -316,14 +312,13 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
         turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
-        if isinstance(turns, str):
-            turns = [{"role": "user", "content": turns}]
-        if not isinstance(turns, list) or not all(isinstance(x, dict) and {"role", "content"} <= {*x} for x in turns):
+        turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+        if not all(isinstance(x, dict) and "role" in x and isinstance(x.get("content"), str) for x in turns):
             raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`: text or turns")
         if turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]  # `messages` may include the answer
-        prompt = "\n".join(turn["content"] or "" for turn in turns)
-        if tokenizer.chat_template is not None:
+        prompt = "\n".join(turn["content"] for turn in turns)
+        if turns and tokenizer.chat_template is not None:
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         else:
             ids = tokenizer(prompt).input_ids
@@ -603,9 +598,12 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    for name, value in vars(args).items():
+        if (type(value) is int or name == "temperature") and value <= 0 and name not in ("seed", "warmup_steps"):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     B, G, M = args.generation_batch_size, args.num_generations, args.num_mini_batches
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if min(G, M) < 1 or B < 1 or B % (G * M * world_size):
+    if B % (G * M * world_size):
         raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} x "
                          f"--num-mini-batches {M} x {world_size} processes")
     if args.dataset_name and not args.model_name_or_path:
@@ -692,9 +690,10 @@ def main(args: Args) -> dict[str, float]:
     def evaluate(step: int) -> dict[str, float]:
         """Metrics on held-out prompts: at temperature 1, always with the same random numbers, and greedy."""
         values, text = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
-        for start in range(0, len(held_out), B // G):
+        chunk = B // max(G, args.eval_generations) // world_size * world_size or world_size  # prompts at a time
+        for start in range(0, len(held_out), chunk):
             for k, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
-                samples, logprobs, mask = rollout(held_out[start : start + B // G], k, temperature, args.seed + start)
+                samples, logprobs, mask = rollout(held_out[start : start + chunk], k, temperature, args.seed + start)
                 rewards, by_name = score_completions(samples, reward_model)  # (P*k,) each
                 rewards = by_name.get("reward_model", rewards)  # with a reward model, functions are only logged
                 figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
@@ -720,7 +719,6 @@ def main(args: Args) -> dict[str, float]:
 
     if not args.resume:
         progress["metrics"] = evaluate(0)
-
     rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(args.max_steps * B // G // len(train) + 1)]
     order = [e for rng in rngs for e in rng.sample(train, len(train))]
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
@@ -858,8 +856,8 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name, x in before.items():
-            print(f"{name}: {x:.3f} -> {after[name]:.3f}")
+        for name, x in after.items():
+            print(f"{name}: {before.get(name, math.nan):.3f} -> {x:.3f}")
         print(run_dir)
     if world_size > 1:
         dist.destroy_process_group()

@@ -286,9 +286,6 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_le
 def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A one-logit sequence classifier in fp32, without dropout, from a classifier or a language model; its tokenizer,
     with a pad token other than EOS. A new head has std 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
-    files = {file.name.split(".")[0] for file in Path(name).glob("*")}
-    if (files or name[0] in "./~") and not ("config" in files and files & {"tokenizer", "vocab"}):
-        raise ValueError(f"{flag} {name} is not a folder with a model and its tokenizer (for a run: use its model/)")
     auto_class = AutoModelForSequenceClassification
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -297,7 +294,7 @@ def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTo
             vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name} cannot be loaded: {error}") from None
+        raise ValueError(f"{flag} {name} is not a model with its tokenizer (of a run, use model/): {error}") from None
     new = sorted(report["missing_keys"])
     if missing := [key for key in new if key.startswith(model.base_model_prefix) and "pooler" not in key]:
         raise ValueError(f"{flag} {name} has no weights for {missing[:3]}")
@@ -406,9 +403,12 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    for name, value in vars(args).items():
+        if type(value) is int and value <= 0 and name not in ("seed", "warmup_steps"):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if B < 1 or B % world_size:
+    if B % world_size:
         raise ValueError(f"--train-batch-size {B} must be a multiple of the number of processes, {world_size}")
     if args.dataset_name and not args.model_name_or_path:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
@@ -502,7 +502,6 @@ def main(args: Args) -> dict[str, float]:
 
     if not args.resume:
         progress["metrics"] = evaluate(0)
-
     rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(num_steps * B // len(train) + 1)]
     order = [e for rng in rngs for e in rng.sample(train, len(train))]
     bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
@@ -559,8 +558,8 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
         writer.close()
-        for name, x in before.items():
-            print(f"{name}: {x:.3f} -> {after[name]:.3f}")
+        for name, x in after.items():
+            print(f"{name}: {before.get(name, math.nan):.3f} -> {x:.3f}")
         print(run_dir)
     if world_size > 1:
         dist.destroy_process_group()

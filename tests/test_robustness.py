@@ -201,27 +201,39 @@ def file(name: str, content: bytes):
     return write
 
 
+class Actions(gymnasium.Env):
+    """An environment whose actions the policies do not support."""
+
+    def __init__(self, space: str) -> None:
+        spaces, self.observation_space = gymnasium.spaces, gymnasium.spaces.Box(-1, 1, (2,))
+        self.action_space = {
+            "from 1": spaces.Discrete(2, start=1), "binary": spaces.MultiBinary(2),
+            "unbounded": spaces.Box(-np.inf, np.inf, (1,)), "integers": spaces.Box(0, 3, (1,), np.int64),
+        }[space]  # fmt: skip
+
+
+gymnasium.register("Actions-v0", Actions, max_episode_steps=5)
 PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
 POLES, NAN = {"env_id": "CartPole-v1"}, np.full((6, 4), np.nan, np.float32)
 WEIGHTS = "model.safetensors"
 # Script, flags, and words of the sentence: main raises, and the handler of __main__ prints it.
 BAD_INPUTS = [
     ("grpo_llm", {"num_generations": 1}, "--num-generations 1"),
-    ("grpo_llm", {"num_generations": 0}, "--num-generations 0"),
-    ("grpo_llm", {"generation_batch_size": 0}, "--generation-batch-size 0"),
+    ("grpo_llm", {"num_generations": 0}, "--num-generations must be above 0"),
+    ("grpo_llm", {"generation_batch_size": 0}, "--generation-batch-size must be above 0"),
     ("grpo_llm", {"generation_batch_size": 18}, "--generation-batch-size 18"),
     ("grpo_llm", {"device": "cuda"}, "--device cuda"),
     ("grpo_llm", {"output_dir": "/dev/null/runs"}, "/dev/null/runs"),
     ("grpo_llm", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
-    ("grpo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model cannot be loaded"),
-    ("grpo_llm", {"model_name_or_path": "./no-such-folder"}, "--model-name-or-path ./no-such-folder is not a folder"),
-    ("grpo_llm", {"model_name_or_path": damaged("tokenizer.json", None)}, "is not a folder with a model and its tokenizer"),
-    ("grpo_llm", {"model_name_or_path": damaged("config.json", None)}, "is not a folder with a model and its tokenizer"),
+    ("grpo_llm", {"model_name_or_path": "no/such-model"}, "--model-name-or-path no/such-model is not a model"),
+    ("grpo_llm", {"model_name_or_path": "./no-such-folder"}, "--model-name-or-path ./no-such-folder is not a model"),
+    ("grpo_llm", {"model_name_or_path": damaged("tokenizer.json", None)}, "is not a model with its tokenizer"),
+    ("grpo_llm", {"model_name_or_path": damaged("config.json", None)}, "is not a model with its tokenizer"),
     ("grpo_llm", {"model_name_or_path": damaged("config.json", b"{")}, "--model-name-or-path"),
     ("grpo_llm", {"model_name_or_path": damaged("config.json", b'{"model_type": "none"}')}, "--model-name-or-path"),
     ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, None)}, "--model-name-or-path"),
     ("grpo_llm", {"model_name_or_path": damaged(WEIGHTS, b"torn")}, "--model-name-or-path"),
-    ("grpo_llm", {"model_name_or_path": run_of_model()}, "(for a run: use its model/)"),
+    ("grpo_llm", {"model_name_or_path": run_of_model()}, "(of a run, use model/)"),
     ("grpo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
     ("grpo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     ("grpo_llm", {"dataset_name": "no-such-file.jsonl"}, "no-such-file.jsonl"),
@@ -232,16 +244,21 @@ BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "row 1 with columns ['text'] has no `prompt`"),
     ("grpo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "row 1 with columns ['answer', 'prompt']"),
     ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "row 1 with columns"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": [{"role": "user", "content": [{"text": "1"}]}]})}, "row 1 with columns"),
     ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "2"})}, "held-out rows are too few"),
     ("grpo_llm", {"max_completion_length": 127}, "0 training rows"),
-    ("ppo_llm", {"num_generations": 0}, "--num-generations 0"),
+    ("grpo_llm", {"temperature": 0.0}, "--temperature must be above 0"),
+    ("ppo_llm", {"temperature": 0.0}, "--temperature must be above 0"),
+    ("reward_model", {"eval_steps": 0}, "--eval-steps must be above 0"),
+    ("maxent_irl", {"save_steps": 0}, "--save-steps must be above 0"),
+    ("ppo_llm", {"num_generations": 0}, "--num-generations must be above 0"),
     ("ppo_llm", {"num_mini_batches": 3}, "--num-mini-batches 3"),
     ("ppo_llm", {"num_generations": 8, "num_mini_batches": 4}, "--num-generations 8"),
     ("ppo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     ("dpo", {"ref_model_name_or_path": "no/such"}, "--ref-model-name-or-path no/such"),
-    ("dpo", {"train_batch_size": 0}, "--train-batch-size 0 is less than"),
+    ("dpo", {"train_batch_size": 0}, "--train-batch-size must be above 0"),
     ("dpo", {"dataset_name": rows({"prompt": "1", "chosen": "2"})}, "row 1 with columns ['chosen', 'prompt']"),
     ("dpo", {"dataset_name": rows(PAIR), "max_length": 4}, "0 training"),
     ("dpo", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
@@ -252,7 +269,7 @@ BAD_INPUTS = [
     ("reward_model", {"dataset_name": rows({**PAIR, "rejected": "2"})}, "0 training"),
     ("reward_model", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("gail", {"gamma": 1.0}, "--gamma 1.0 must be below 1"),
-    ("gail", {"num_demos": 0}, "--num-demos, --subsample"),
+    ("gail", {"num_demos": 0}, "--num-demos must be above 0"),
     ("gail", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("gail", {"output_dir": "/dev/null/runs"}, "/dev/null/runs"),
     ("gail", {"env_id": "Nothing-v0"}, "`Nothing`"),
@@ -281,10 +298,17 @@ BAD_INPUTS = [
     ("gail", {"demos": demos(), "env_id": "Pendulum-v1"}, "obs must be finite, of shape (6, 3); got shape (6, 4)"),
     ("maxent_irl", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("maxent_irl", {"env_id": "Nothing-v0"}, "`Nothing`"),
-    ("maxent_irl", {"env_id": "CliffWalking-v1"}, "--horizon must be at least 1"),
+    ("maxent_irl", {"env_id": "CliffWalking-v1"}, "--horizon must be set"),
     ("maxent_irl", {**POLES, "estimator": "exact"}, "has no table"),
     ("maxent_irl", {**POLES, "transfer": "{}"}, "has no table"),
-    ("maxent_irl", {"env_id": "Blackjack-v1", "horizon": 5}, "only 1-D Box and tables"),
+    ("maxent_irl", {"env_id": "Blackjack-v1", "horizon": 5}, "supported are tables, and 1-D Box"),
+    ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "from 1"}'}, "Discrete(2, start=1)"),
+    ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "binary"}'}, "MultiBinary(2)"),
+    ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "unbounded"}'}, "Box(-inf, inf"),
+    ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "integers"}'}, "Box(0, 3, (1,), int64)"),
+    ("maxent_irl", {"env_kwargs": '{"slipp": 0.1}'}, "slipp"),
+    ("maxent_irl", {"env_kwargs": "[1]"}, "--env-kwargs"),
+    ("maxent_irl", {"transfer": '{"slipp": 0.1}'}, "slipp"),
     ("maxent_irl", {"env_kwargs": '{"slip": 2}'}, "negative or do not sum to 1"),
     ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"success_rate": 2}'}, "negative or do not sum to 1"),
     ("maxent_irl", {"env_id": "FrozenLake-v1", "transfer": '{"map_name": "8x8"}'}, "(64, 4), not (16, 4)"),
