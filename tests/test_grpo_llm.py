@@ -376,7 +376,7 @@ def test_rows_of_all_kinds_become_prompts_and_answers():
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
     )
-    (example,) = encode_rows([{"prompt": [{"role": "b", "content": "1+1="}]}], tokenizer, 10)
+    (example,) = encode_rows([{"prompt": []}, {"prompt": [{"role": "b", "content": "1+1="}]}], tokenizer, 10)
     assert tokenizer.decode(example["ids"]) == "b1+1=a"
 
 

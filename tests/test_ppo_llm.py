@@ -174,9 +174,11 @@ def run(tmp_path, model_folder, monkeypatch):
                 learning.add((len(alive), recomputed, torch.is_autocast_enabled("cpu")))
                 texts = ["".join(TOKENS[i] for i in ids) for ids in options["input_ids"].tolist()]
                 updates[-1] |= {row["prompt"] for row in rows for text in texts if text.startswith(row["prompt"])}
+            sequences.append(len(options.get("input_ids", ())))
             return plain_forward(model, *inputs, **options)
 
         calls, updates, learning, alive, plain_forward = [], [set()], set(), weakref.WeakSet(), LlamaModel.forward
+        sequences = []  # in each forward pass
         folder, held_out = tmp_path / str(len([*tmp_path.iterdir()])), {row["prompt"] for row in HELD_OUT}
         (folder / "data").mkdir(parents=True)
         write_rows(folder / "data" / "train.jsonl", rows)
@@ -191,9 +193,20 @@ def run(tmp_path, model_folder, monkeypatch):
             metrics = main(Args(resume=str(resume)) if resume else args)
         run_dir, B = resume or run_folder(args), args.generation_batch_size
         train, evaluated = ([c for c in calls if (c[0] in held_out) == side] for side in (False, True))
+        assert max(sequences) <= B  # also in evaluation, which so needs no more memory than a rollout
+
+        def sampled_first(calls):
+            """The 24 sampled completions of an evaluation, then the 6 greedy ones; it takes some prompts at a time."""
+            size, sampled, greedy = B // max(4, args.num_generations), [], []
+            while calls:
+                n = min(size, len(calls) // 5)
+                sampled, greedy, calls = sampled + calls[: 4 * n], greedy + calls[4 * n : 5 * n], calls[5 * n :]
+            return sampled + greedy
+
         return SimpleNamespace(
-            args=args, metrics=metrics, folder=run_dir, updates=updates[:-1], learning=learning, before=evaluated[:30],
-            after=evaluated[-30:], train=[train[i : i + B] for i in range(0, len(train), B)],
+            args=args, metrics=metrics, folder=run_dir, updates=updates[:-1], learning=learning,
+            before=sampled_first(evaluated[:30]), after=sampled_first(evaluated[-30:]),
+            train=[train[i : i + B] for i in range(0, len(train), B)],
             tags={tag: [value for _, value in points] for tag, points in scalars(run_dir).items()},
             checkpoint=torch.load(run_dir / "checkpoint.pt", weights_only=True),
         )  # fmt: skip
