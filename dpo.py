@@ -74,7 +74,7 @@ class Args:
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    max_tokens_per_microbatch: int = 2048  # tokens per forward pass; affects memory and speed only
+    max_tokens_per_microbatch: int = 2048  # tokens per pass of the update; affects memory and speed only
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine decay to 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
@@ -530,8 +530,8 @@ def main(args: Args) -> dict[str, float]:
 
     if not args.resume:
         progress["metrics"] = evaluate(0)
-    rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(num_steps * B // len(train) + 1)]
-    order = [e for rng in rngs for e in rng.sample(train, len(train))]
+    epochs = range(num_steps * B // len(train) + 1)
+    order = [e for epoch in epochs for e in random.Random(f"{args.seed} {epoch}").sample(train, len(train))]
     bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
     for step in bar:
         # ---- update
@@ -570,7 +570,7 @@ def main(args: Args) -> dict[str, float]:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
             writer.flush()
-            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or a full disk does no damage
+            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or full disk spares the checkpoint
             tokenizer.save_pretrained(run_dir / "model.tmp")
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             shutil.rmtree(run_dir / "model", ignore_errors=True)

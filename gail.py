@@ -448,7 +448,7 @@ def rollout(
 
 
 def mean_return_and_length(batch: dict[str, Tensor]) -> tuple[float, float]:
-    """Mean true return and length of the first episode of each environment. Later ones may be cut off."""
+    """Mean true return and length of each environment's first episode, or of its part within the rollout."""
     first = batch["mask"] & (~batch["mask"]).cumsum(0).eq(0)  # (T, N)
     return (batch["rewards"] * first).sum().item() / first.shape[1], first.sum().item() / first.shape[1]
 

@@ -78,7 +78,7 @@ class Args:
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    max_tokens_per_microbatch: int = 2048  # tokens per forward pass; affects memory and speed only
+    max_tokens_per_microbatch: int = 2048  # tokens per pass of the update; affects memory and speed only
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine decay to 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
@@ -574,8 +574,9 @@ def main(args: Args) -> dict[str, float]:
     ref_model = load_pretrained(initial)[0].to(device) if args.beta else None
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    eos = model.generation_config.eos_token_id  # id(s) or None; some models end a text with BOS
-    stop_ids = [*{*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]
+    eos = model.generation_config.eos_token_id  # an id, a list, or None
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    stop_ids = [*{*eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]  # some models end texts with BOS
     peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     schedule = args.max_steps * args.num_iterations, args.warmup_steps, args.lr_scheduler_type
@@ -644,8 +645,8 @@ def main(args: Args) -> dict[str, float]:
 
     if not args.resume:
         progress["metrics"] = evaluate(0)
-    rngs = [random.Random(f"{args.seed} {epoch}") for epoch in range(args.max_steps * B // G // len(train) + 1)]
-    order = [e for rng in rngs for e in rng.sample(train, len(train))]
+    epochs = range(args.max_steps * B // G // len(train) + 1)
+    order = [e for epoch in epochs for e in random.Random(f"{args.seed} {epoch}").sample(train, len(train))]
     bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
     for step in bar:
         # ---- rollout
@@ -728,7 +729,7 @@ def main(args: Args) -> dict[str, float]:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
             writer.flush()
-            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or a full disk does no damage
+            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or full disk spares the checkpoint
             tokenizer.save_pretrained(run_dir / "model.tmp")
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             shutil.rmtree(run_dir / "model", ignore_errors=True)

@@ -760,7 +760,7 @@ def main(args: Args) -> dict[str, float]:
         expert_rewards = reward(expert_pairs[..., :width])[..., 0]  # (n,)
         expert_reward = (expert_weights * expert_rewards).sum()
         penalty = (expert_weights * expert_rewards.square()).sum() + rewards[mask].square().sum() / N
-        loss = (weights * returns).sum() * len(weights) / N - expert_reward + args.reward_l2 * penalty
+        loss = (weights * returns).sum() * len(weights) / N - expert_reward + args.reward_l2 * penalty  # per episode
         decay = 1 - step / max_steps  # of both learning rates
         optimizer.param_groups[0]["lr"] = decay * args.learning_rate
         policy_optimizer.param_groups[0]["lr"] = decay * args.policy_learning_rate
