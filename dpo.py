@@ -11,15 +11,15 @@ be trained directly, by maximizing the Bradley-Terry likelihood of the preferenc
 
     L(theta) = -E[ log sigmoid( beta log(pi(y_w|x) / pi_ref(y_w|x)) - beta log(pi(y_l|x) / pi_ref(y_l|x)) ) ]
 
-Rafailov et al. 2023, arXiv:2305.18290, eq. 7. The variants' papers are cited in dpo_loss.
+Rafailov et al. 2023, arXiv:2305.18290, eq. 7; variants: see dpo_loss. The tiny model's default adds --rpo-alpha 1.
 
     python dpo.py                                  # laptop, offline: a tiny model learns to show its work
     python dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/tldr-preference   # one GPU
     torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
     python dpo.py --resume runs/<run folder>       # continue exactly from the last checkpoint
 
-Shapes: N pairs, R of them in a micro-batch, B = 2 R answers (chosen, rejected, chosen, ...) of T tokens, H hidden size,
-V vocabulary. `logps` are sums over an answer's tokens. `mask` is True for tokens that count: those of assistant turns.
+Shapes: N pairs (or tokens), R pairs in a micro-batch, B = 2 R answers (chosen, rejected, chosen, ...) of T tokens; in
+main, B pairs per update. `logps`: sums over an answer's tokens. `mask`: True for tokens that count, the assistant's.
 
 Deliberately not here: online DPO (new samples), KTO (unpaired preferences), LoRA, sharded weights. See TRL.
 """
@@ -70,7 +70,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
+    dataset_test_split: str = "test"  # split to evaluate on. No "test": holds out a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -91,7 +91,7 @@ class Args:
     max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
     beta: float | None = None  # KL penalty. None: 0.3 for the tiny model, else 0.1. Set it higher for ipo, sigmoid_norm
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # sigmoid: DPO. See dpo_loss
-    label_smoothing: float = 0.0  # assumed share of flipped labels, below 0.5: sigmoid(_norm) and robust
+    label_smoothing: float = 0.0  # assumed share of flipped labels, below 0.5 (sigmoid, sigmoid_norm, robust)
     rpo_alpha: float | None = None  # weight of the chosen answers' NLL per token. None: 1 for the tiny model, else 0
 
 
@@ -104,11 +104,11 @@ def dpo_loss(
     chosen_log_ratio = policy_chosen_logps - ref_chosen_logps  # (R,)
     rejected_log_ratio = policy_rejected_logps - ref_rejected_logps  # (R,)
     difference, e = chosen_log_ratio - rejected_log_ratio, label_smoothing  # (R,)
-    right, wrong = (-nn.functional.logsigmoid(x) for x in (beta * difference, -beta * difference))  # (R,) each
+    as_is, flipped = (-nn.functional.logsigmoid(x) for x in (beta * difference, -beta * difference))  # (R,) each
     if loss_type in ("sigmoid", "sigmoid_norm"):  # DPO eq. 7. With means: Tulu 3, arXiv:2411.15124
-        losses = (1 - e) * right + e * wrong  # smoothed: cDPO eq. 3, ericmitchell.ai/cdpo.pdf
+        losses = (1 - e) * as_is + e * flipped  # smoothed: cDPO eq. 3, ericmitchell.ai/cdpo.pdf
     elif loss_type == "robust":  # rDPO, arXiv:2403.00409: unbiased if a fraction e of labels is flipped
-        losses = ((1 - e) * right - e * wrong) / (1 - 2 * e)
+        losses = ((1 - e) * as_is - e * flipped) / (1 - 2 * e)
     elif loss_type == "hinge":  # SLiC's hinge on DPO's log ratios: RSO, arXiv:2309.06657
         losses = (1 - beta * difference).relu()
     else:  # IPO, arXiv:2310.12036, eq. 17: the optimal difference is 1 / (2 beta)
@@ -128,7 +128,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
-    return sum(rows[262:], []), sum(rows[:262], [])
+    return sum(rows[262:], []), sum(rows[:262], [])  # 262 unordered pairs are 520 sums
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
@@ -151,7 +151,7 @@ def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, .
     return pairs
 
 
-def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
     """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
     characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
@@ -208,7 +208,7 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
 
 
 def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
-    """Turns of a text like Anthropic/hh-rlhf's. With its markers (`\\n\\nHuman:`) kept, the contents add up to it."""
+    """Turns of a text like Anthropic/hh-rlhf's. If the markers (`\\n\\nHuman:`) stay, the contents join to the text."""
     turns = []
     for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
         role = "user" if piece.startswith("\n\nHuman:") else "assistant"
@@ -219,17 +219,17 @@ def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
 
 def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
     """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
-    Without a prompt column, it is their longest common beginning, in turns or, for plain texts, in words. A prompt
-    never ends with an assistant turn, and an answer begins and ends with one."""
+    The prompt is, or is extended by, the answers' longest common beginning, in turns or (without a prompt column, for
+    plain texts) in words. It never ends with an assistant turn. An answer begins and ends with one."""
     prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
-    answers, is_dialogue = answers if isinstance(answers, list) else [None], False
+    answers, is_dialogue = (answers if isinstance(answers, list) else [None]), False
     if all(isinstance(text, str) for text in [prompt or "", *answers]):
         texts = [text if text.startswith("\n\nHuman:") else (prompt or "") + text for text in answers]
         is_dialogue = all(text.startswith("\n\nHuman:") for text in texts)
         if is_dialogue:
             prompt, answers = None, [parse_dialogue(text, keep_markers=not has_template) for text in texts]
         elif prompt is None:
-            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))
+            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))  # whole words
             answers = [text[len(prompt) :] for text in answers]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
@@ -244,8 +244,8 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
             n -= 1
         prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
     if not is_valid or not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
-        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs `chosen` and `rejected`: "
-                         "texts, or lists of {role, content} that share a prompt and end with an assistant turn")
+        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs a prompt and `chosen` and "
+                         "`rejected` (texts, or lists of {role, content}) that begin and end with assistant turns")
     if is_dialogue and not has_template:
         prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
     return prompt, answers
@@ -265,14 +265,14 @@ def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer
     """Token ids of an answer, and whether each counts: only assistant turns do, with their end-of-turn tokens."""
     whole, completion, mask = conversation_ids(prompt, [], tokenizer), [], []
     for end, turn in enumerate(answer, 1):
-        longer, is_ended = conversation_ids(prompt, answer[:end], tokenizer), tokenizer.chat_template is not None
+        longer, has_end = conversation_ids(prompt, answer[:end], tokenizer), tokenizer.chat_template is not None
         ids = longer[len(whole) :]
         if longer[: len(whole)] != whole:  # a token spans two turns, or the chat template rewrote earlier ones
-            if is_ended and len(answer) > 1:
+            if has_end and len(answer) > 1:
                 raise ValueError(f"--dataset-name: row {number}: the chat template rewrites earlier turns")
-            ids, is_ended = tokenizer(turn["content"], add_special_tokens=False).input_ids, False
+            ids, has_end = tokenizer(turn["content"], add_special_tokens=False).input_ids, False
         whole, is_assistant = whole + ids, turn["role"] == "assistant"
-        ids = ids + [tokenizer.eos_token_id] * (is_assistant and not is_ended)
+        ids = ids + [tokenizer.eos_token_id] * (is_assistant and not has_end)
         completion += ids
         mask += [is_assistant] * len(ids)
     return completion, mask
@@ -303,7 +303,7 @@ TILE = {"cpu": 2**20, "cuda": 2**26}  # logits per tile: fits a CPU's cache, fil
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
-    (N,), by tiles of the vocabulary: there is never an (N, V) tensor."""
+    (N,), in tiles of the vocabulary, so that no (N, V) tensor exists."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -325,7 +325,7 @@ class TokenLogprobs(torch.autograd.Function):
         d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
         for tile, (w, d_w) in enumerate(zip(weight.split(ctx.size), d_weight.split(ctx.size))):
             w = w.to(h.dtype)  # (size, H)
-            # d logprob / d logits = onehot(target) - softmax, in fp32, as both are often near 1
+            # d logprob / d logits = onehot(target) - softmax, in fp32: near 1 the two cancel
             d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
             rows = (target // ctx.size == tile).nonzero()[:, 0]
             d[rows, target[rows] % ctx.size] += 1
@@ -336,7 +336,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
+    """Whether a row may be a tree (see completion_states). Not with sliding windows, ALiBi or linear attention."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -360,7 +360,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
     inputs = {"input_ids": ids, "use_cache": False}
     if K > 1:  # else causal attention suffices: right padding needs no mask
-        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, query, key)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
@@ -378,12 +378,12 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
 
 def pair_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autocast: torch.autocast) -> Iterator[tuple]:
     """Yield micro-batches of about max_tokens: indices of R pairs, and log-probabilities (R, 2) of their answers."""
-    lengths, batches = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs], [[]]
+    lengths, batches = [len(pair["ids"]) + sum(map(len, pair["completions"])) for pair in pairs], []
     for i in sorted(range(len(pairs)), key=lengths.__getitem__):  # pairs of similar length need little padding
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > max_tokens:
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > max_tokens:
             batches.append([])
         batches[-1].append(i)
-    for mb in filter(None, batches):
+    for mb in batches:
         completions = [ids for i in mb for ids in pairs[i]["completions"]]  # chosen, rejected, chosen, ...
         mask = pad_sequence([torch.tensor(mask) for i in mb for mask in pairs[i]["masks"]], batch_first=True)  # (B, T)
         with autocast:
@@ -397,8 +397,8 @@ def all_logps(model: PreTrainedModel, pairs: list[dict], max_tokens: int, autoca
     model.eval()
     logps = torch.zeros(len(pairs), 2, device=model.device)  # (N, 2)
     share = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))
-    for mb, values in pair_logps(model, pairs[share], max_tokens, autocast):
-        logps[share][mb] = values  # a slice is a view
+    for mb, mb_logps in pair_logps(model, pairs[share], max_tokens, autocast):
+        logps[share][mb] = mb_logps  # a slice is a view
     if dist.is_initialized():
         dist.all_reduce(logps)
     return logps
@@ -413,9 +413,9 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -444,14 +444,14 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         print(run_dir)
         if not args.model_name_or_path and not args.resume:
-            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+            write_tiny_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
     if world_size > 1:
         dist.barrier()
     model, tokenizer = load_pretrained(initial)
     max_length = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", math.inf))
     splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, seed=0) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
-    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
@@ -459,7 +459,7 @@ def main(args: Args) -> dict[str, float]:
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     model, ids = model.to(device), held_out[0]["ids"] + held_out[0]["completions"][0]
-    with torch.no_grad():
+    with torch.no_grad():  # our head must agree with the model's own loss
         loss = model(input_ids=torch.tensor([ids], device=device), labels=torch.tensor([ids], device=device)).loss
         difference = loss + completion_logprobs(model, [ids[:1]], [ids[1:]], 1.0).mean()
     if difference.abs() > 1e-3:
@@ -515,7 +515,7 @@ def main(args: Args) -> dict[str, float]:
         results = {f"eval/{name}": value.mean().item() for name, value in stats.items()}
         if args.model_name_or_path is None:
             query = tokenizer([pair["prompt"] for pair in held_out], return_tensors="pt").input_ids.to(device)  # (N, L)
-            torch.manual_seed(args.seed)  # same samples at every evaluation; training uses no RNG
+            torch.manual_seed(args.seed)  # same samples at every evaluation (training draws nothing)
             whole = model.generate(query, max_new_tokens=16, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
             texts = tokenizer.batch_decode(whole[:, query.shape[1] :], skip_special_tokens=True)
             right = [text.split("=")[-1] == pair["answer"] for text, pair in zip(texts, held_out)]

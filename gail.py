@@ -11,24 +11,24 @@ once it leaves them. GAIL also trains on the states that the policy's own errors
 
     min_pi max_D  E_pi[log D(s,a)] + E_expert[log(1 - D(s,a))] - lambda H(pi)      D = probability of "policy"
 
-GAIL: Ho and Ermon 2016, arXiv:1606.03476. main follows its Algorithm 1: sample trajectories from resets; step D up
-E_pi[log D] + E_expert[log(1 - D)]; take one TRPO step (arXiv:1502.05477) on the cost log D of the *new* D, with lambda
-times the causal entropy; fit the value network for GAE (arXiv:1506.02438). In the help of the flags, "paper" is Ho and
+GAIL: Ho and Ermon 2016, arXiv:1606.03476. main follows its Algorithm 1: sample trajectories from resets; take an Adam
+step of D on the objective; take a TRPO step (arXiv:1502.05477) of the policy on the cost log D of the *new* D, minus
+lambda times the entropy; fit the value network for GAE (arXiv:1506.02438). In the flags' help, "paper" is Ho and
 Ermon's, and "code" is theirs (github.com/openai/imitation). The code differs from both the paper and this file: the
 policy steps before D, the line search allows twice the KL, and a time limit counts as termination (V = 0).
 
     python gail.py                                              # laptop: CartPole, trains its own expert first
     python gail.py --demos CartPole-v1.npz --num-demos 10       # demonstrations from a file
-    python gail.py --constant-action 0 --reward-form airl       # control: is even a failing expert imitated?
+    python gail.py --constant-action 0 --reward-form airl       # check: does it also imitate a failing expert?
     python gail.py --env-id Acrobot-v1 --reward-form negative --num-demos 4
     python gail.py --env-id HalfCheetah-v4 --demos HalfCheetah-v4_expert.npz --num-demos 2 --total-timesteps 3000000 \\
         --num-envs 5 --learning-rate 0.001 --gradient-penalty 1 --eval-steps 50     # pip install "gymnasium[mujoco]"
     python gail.py --resume runs/<run folder>                   # continue exactly from the last checkpoint
 
-Shapes: T steps of N environments, B of them data (the rest only reset), M demonstrated episodes, n of their pairs kept,
-O numbers per observation, A actions (Discrete) or numbers per action (Box). `mask` (T, N) is True where a step is data.
+Shapes: T steps of N environments, B valid steps among them (`mask` (T, N); the others only reset), M demonstrated
+episodes, n state-action pairs kept from them, O observation features, A actions (or Box dimensions).
 
-Deliberately not here: images, recurrent policies, replay, PPO or SAC for TRPO, AIRL's shaping. See also imitation.
+Deliberately not here: images, recurrent policies, replay, AIRL's shaping. See the imitation library.
 """
 
 import importlib
@@ -86,7 +86,7 @@ class Args:
     hidden_size: int = 100  # units in each of the two tanh layers of every network (paper)
     gamma: float = 0.995  # discount, below 1 (paper)
     gae_lambda: float = 0.97  # lambda of GAE (code)
-    ent_coef: float = 0.0  # lambda of the causal entropy (paper: 0 except Reacher). Too large: Gaussians widen forever
+    ent_coef: float = 0.0  # lambda of the causal entropy (paper: 0 but for Reacher). Too large: Gaussians keep widening
     learning_rate: float = 0.005  # learning rate of the discriminator's Adam (code: 0.01)
     discriminator_steps: int = 1  # discriminator steps per iteration, each on all pairs (paper)
     discriminator_entropy: float = 0.001  # entropy bonus that keeps D from becoming overconfident (code)
@@ -96,7 +96,7 @@ class Args:
     max_kl: float = 0.01  # delta: limit of the mean KL(old || new) of a policy step (code)
     cg_iterations: int = 10  # iterations of conjugate gradient for the natural gradient (code)
     cg_damping: float = 0.1  # multiple of the identity added to the Fisher matrix (code)
-    fisher_states: int = 1000  # random states for the Fisher matrix (code: 10%). Too few: more halvings of the step
+    fisher_states: int = 1000  # random states for the Fisher matrix (code: 10%). Too few: steps are halved more often
     line_search_steps: int = 10  # halvings to try before keeping the old policy (code: 10, then steps anyway)
     value_learning_rate: float = 1e-3  # learning rate of the value network's Adam
     value_epochs: int = 5  # passes of the value network over an iteration's steps
@@ -149,11 +149,11 @@ def gae_episodic(
 ) -> tuple[Tensor, Tensor]:
     """GAE advantages and lambda-returns (Schulman et al. 2016, eq. 16), all (T, N). next_values belong to the
     observation before any reset: a truncated episode bootstraps from it, a terminated one does not."""
-    advantages, following = torch.zeros_like(values), torch.zeros_like(values[0])
+    advantages, advantage = torch.zeros_like(values), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
-        following = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, following)  # (N,)
-        advantages[t] = following
+        advantage = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, advantage)  # (N,)
+        advantages[t] = advantage
     return advantages, advantages + values
 
 
@@ -185,15 +185,15 @@ def fisher_vector_product(policy: nn.Module, obs: Tensor, damping: float) -> Cal
 def conjugate_gradient(matvec: Callable, b: Tensor, iterations: int, tolerance: float = 1e-10) -> Tensor:
     """x with matvec(x) = b (Hestenes and Stiefel 1952). Stops when the squared residual is at most tolerance."""
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
-    square = residual @ residual
+    squared = residual @ residual
     for _ in range(iterations):
-        if square <= tolerance:
+        if squared <= tolerance:
             break
         product = matvec(direction)
-        length = square / (direction @ product)
-        x, residual = x + length * direction, residual - length * product
-        square, old_square = residual @ residual, square
-        direction = residual + square / old_square * direction
+        alpha = squared / (direction @ product)
+        x, residual = x + alpha * direction, residual - alpha * product
+        squared, old_squared = residual @ residual, squared
+        direction = residual + squared / old_squared * direction
     return x
 
 
@@ -344,7 +344,7 @@ def subsample_demos(lengths: Tensor, every: int, generator: torch.Generator) -> 
     """One step in `every` of each episode, from a random offset: lengths (M,) -> mask (steps,)."""
     first = (torch.rand(len(lengths), generator=generator) * lengths.clamp(max=every)).long()  # (M,)
     t = torch.cat([torch.arange(-f, length - f) for f, length in zip(first.tolist(), lengths.tolist())])  # (steps,)
-    return (t >= 0) & (t % every == 0)
+    return (t >= 0) & (t % every == 0)  # t counts from each episode's first kept step
 
 
 def mlp(inputs: int, outputs: int, hidden_size: int, scale: float) -> nn.Sequential:
@@ -435,7 +435,7 @@ def rollout(
         all_obs.append(torch.tensor(obs, dtype=torch.float32))
         others = (torch.from_numpy(x.copy()) for x in (rewards, is_data, terminated, truncated))  # (N,) each
         columns.append((outputs, actions, *others))
-        is_data = ~(terminated | truncated) & (is_data | (not one_episode))
+        is_data = ~(terminated | truncated) & (is_data | (not one_episode))  # the step after an end only resets
         if one_episode and not is_data.any():
             break
     outputs, actions, rewards, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (T, N, ...)
@@ -501,9 +501,9 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -522,7 +522,7 @@ def main(args: Args) -> dict[str, float]:
     if episode_steps is None:
         raise ValueError(f"--env-id {args.env_id} has no time limit, so an episode may never end")
     if args.constant_action is not None and (args.demos or not action_space.contains(args.constant_action)):
-        raise ValueError(f"--constant-action {args.constant_action} must be in {action_space}, and excludes --demos")
+        raise ValueError(f"--constant-action {args.constant_action} needs no --demos and must be in {action_space}")
     if args.demos is not None:
         demos = load_demos(args.demos, args.num_demos, observation_space, action_space)
     num_steps, first_seed = args.num_steps or episode_steps, args.seed * 10**9
@@ -551,7 +551,7 @@ def main(args: Args) -> dict[str, float]:
         (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     def play(envs: gymnasium.vector.VectorEnv, policy: Policy, mode: str, seed_offset: int) -> dict[str, Tensor]:
-        """Each environment's first episode. Observations are normalized by the current mean_std."""
+        """Each environment's first episode, with observations normalized by main's mean_std at the time of the call."""
         return rollout(envs, policy, mean_std, episode_steps, first_seed + seed_offset, mode, one_episode=True)
 
     # ---- demonstrations
@@ -578,7 +578,7 @@ def main(args: Args) -> dict[str, float]:
 
     # ---- normalizer, behavior cloning
     if checkpoint is None:
-        mean_std = progress["mean_std"] = observation_mean_std(expert_obs, uniform_obs)  # fixed, so that max_kl holds
+        mean_std = progress["mean_std"] = observation_mean_std(expert_obs, uniform_obs)  # fixed: changes would move pi
         clone_behavior(
             clone, normalize(expert_obs, mean_std), expert_actions, args.bc_epochs, args.bc_batch_size,
             args.bc_learning_rate, torch.Generator().manual_seed(args.seed),
@@ -600,7 +600,7 @@ def main(args: Args) -> dict[str, float]:
         all_obs = normalize(batch["obs"], mean_std)  # (T+1, N, O)
         obs, actions, logprobs = all_obs[:-1][mask], batch["actions"][mask], batch["logprobs"][mask]  # (B, ...)
 
-        # ---- discriminator: D_i to D_i+1, up E_pi[log D] + E_expert[log(1 - D)]
+        # ---- discriminator: D_i to D_i+1, gradient ascent on E_pi[log D] + E_expert[log(1 - D)]
         policy_pairs = pair_features(obs, policy.unit(actions), action_space)  # (B, O + A)
         stats, generator = defaultdict(float), torch.Generator().manual_seed(seed + UPDATE_SEEDS)
         for _ in range(args.discriminator_steps):
@@ -636,7 +636,7 @@ def main(args: Args) -> dict[str, float]:
             args.fisher_states, args.line_search_steps, generator,
         )
 
-        # ---- update the value network: after the advantages, which must not have seen their own returns
+        # ---- update the value network: after the advantages, or it would have been fitted to their returns
         passes = args.value_epochs, args.value_batch_size, generator
         value_loss = fit_value(value, value_optimizer, obs, returns * (1 - args.gamma), *passes)
         if not math.isfinite(value_loss):
@@ -644,7 +644,7 @@ def main(args: Args) -> dict[str, float]:
 
         # ---- log
         progress["step"] = step + 1
-        metrics["env_steps"] += len(obs)
+        metrics["env_steps"] += len(obs)  # without resets
         metrics["cpu_seconds"] += time.process_time() - cpu_start
         episodic_return, episodic_length = mean_return_and_length(batch)
         logs = stats | {
@@ -659,7 +659,7 @@ def main(args: Args) -> dict[str, float]:
             eval_return, _ = mean_return_and_length(play(eval_envs, policy, "greedy", EVAL_SEEDS))
             score = (eval_return - random_return) / ((expert_return - random_return) or math.nan)
             metrics |= {"eval/return": eval_return, "eval/normalized_score": score}
-            if not score >= 0.95:
+            if not score >= 0.95:  # also if it is nan
                 metrics |= not_reached
             elif metrics["env_steps_to_0.95"] is None:  # the first score of an unbroken streak up to now
                 metrics |= {f"{name}_to_0.95": metrics[name] for name in ("env_steps", "cpu_seconds")}
@@ -669,9 +669,9 @@ def main(args: Args) -> dict[str, float]:
                 writer.add_scalar(name, x, metrics["env_steps"])
         bar.set_postfix_str(f"return {episodic_return:.1f}, expert {expert_return:.1f}".replace("nan", "unknown"))
 
-        # ---- save
+        # ---- save to a temporary file, then rename: a kill or full disk spares the checkpoint
         if (step + 1) % args.save_steps == 0 or step + 1 == iterations:
-            writer.flush()  # Written aside, then renamed: neither a kill nor a full disk damages the checkpoint.
+            writer.flush()
             torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 

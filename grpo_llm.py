@@ -6,7 +6,7 @@
 """GRPO: train a language model by reinforcement learning with verifiable rewards.
 
 For each prompt q the policy samples G completions o_1..o_G, scored by Python functions. A completion's advantage is its
-reward relative to its group's, so there is no value network.
+reward relative to its group's mean, so there is no value network.
 
     J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
@@ -21,9 +21,9 @@ arXiv:2507.18071: --loss-type grpo --importance-sampling-level sequence --epsilo
     torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
-Shapes: P prompts per process, G completions per prompt (k in evaluation), B completions, L_q prompt tokens, T
-completion tokens, R rows of L tokens, K completions per row, H hidden size, V vocabulary. logprobs[:, t] is of token t.
-`mask` is True up to and including the first stop token.
+Shapes: P prompts per process, G completions per prompt (k in evaluation), B completions (in main: of all processes),
+L_q prompt tokens, T completion tokens, R rows of L tokens, K completions per row, N tokens in a micro-batch, H hidden
+size, V vocabulary. logprobs[:, t] belongs to completion token t. `mask` is True up to the first stop token, inclusive.
 
 Deliberately not here: inference servers, dynamic sampling, LoRA, tools, images, sharded weights. See TRL or verl.
 """
@@ -74,7 +74,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
+    dataset_test_split: str = "test"  # split to evaluate on. No "test": holds out a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -92,11 +92,11 @@ class Args:
     generation_batch_size: int = 256  # completions per rollout across all processes
     num_generations: int = 8  # G, completions per prompt
     max_completion_length: int = 256  # longest completion, in tokens
-    temperature: float = 1.0  # divides the logits in sampling and in the loss; above 0
+    temperature: float = 1.0  # divides the logits in sampling and loss, not in evaluation; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
-    reward_model_path: str | None = None  # one-logit sequence classifier; its score is added
+    reward_model_path: str | None = None  # one-logit sequence classifier; adds its score to the functions' rewards
     normalize_reward_model: bool = False  # standardize scores by reward_mean, reward_std of the model's config
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens. grpo: mean of completion means
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # dapo: token mean. grpo: mean of completion means
     scale_rewards: Literal["group", "none"] = "group"  # divide advantages by the group's std. none: don't (Dr. GRPO)
     importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token or completion (GSPO)
     epsilon: float = 0.2  # clips the probability ratio below, at 1 - epsilon (not in cispo)
@@ -122,10 +122,10 @@ def grpo_loss(
     """The loss to minimize, and statistics (means over tokens). Inputs are (B, T), advantages (B,).
     num_tokens and num_sequences count the whole update, so that losses of micro-batches and processes add up.
     On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0.
-    The KL term is k2, log(pi / pi_ref)^2 / 2, times the detached ratio: its gradient is the per-token reverse KL's,
-    even off-policy (unlike k1 and k3). A token's effect on later tokens' KL is ignored."""
+    The KL term is k2 (joschu.net/blog/kl-approx), log(pi / pi_ref)^2 / 2, times the detached ratio: its gradient is
+    the per-token reverse KL's, even off-policy (k1's and k3's are not). Effects on later tokens' KL are ignored."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
-    num_sequences = num_sequences or len(mask)
+    num_sequences = len(mask) if num_sequences is None else num_sequences
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.exp()
@@ -140,7 +140,7 @@ def grpo_loss(
         losses = -ratio.clamp(max=1 + epsilon_high).detach() * advantages * logprobs
     if beta:
         log_ratio_ref = torch.where(mask, logprobs - ref_logprobs, 0.0)
-        losses += beta * log_ratio.detach().exp() * log_ratio_ref.square() / 2
+        losses += beta * log_ratio.detach().exp() * log_ratio_ref.square() / 2  # the token's ratio, also in GSPO
     losses = torch.where(mask, losses, 0.0)
     if loss_type == "grpo":
         loss = (losses / lengths).sum() / num_sequences  # GRPO eq. 3
@@ -166,9 +166,9 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
 
 
 # ---- Rewards: edit these. Each returns a number, or None where it does not apply.
-NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-MARKED = re.compile(r"####(?![#\s*]*[A-Za-z])\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
+NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"  # 7, -3, 1,200.5, .5
+MARKED = re.compile(r"####(?![#\s*]*[A-Za-z])\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # #### 12
+SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)  # 7+5=12, so #### 12
 
 
 def extract_number(text: str) -> float | None:
@@ -183,7 +183,7 @@ def extract_number(text: str) -> float | None:
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's, else 0. None if the answer has no clear number."""
+    """1 if the completion's final number is the answer's. None if the answer is not a number and marks none."""
     has_number = answer and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
     expected = extract_number(answer) if has_number else None
     return None if expected is None else float(extract_number(completion) == expected)
@@ -218,7 +218,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
-    return sum(rows[262:], []), sum(rows[:262], [])
+    return sum(rows[262:], []), sum(rows[:262], [])  # 262 unordered pairs are 520 sums
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
@@ -229,7 +229,7 @@ def demonstrate(row: dict, rng: random.Random) -> str:
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
 
 
-def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
     """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
     characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
@@ -317,10 +317,11 @@ def load_reward_model(args: Args, device: torch.device) -> Callable:
     flag = "--reward-model-path"
     model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
     config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
-    if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
+    if config.num_labels != 1 or not has_own_pad or (args.normalize_reward_model and not hasattr(config, "reward_std")):
         raise ValueError(f"{flag} needs one logit, a pad token besides EOS and, to normalize, reward_std in its config")
     config.pad_token_id = tokenizer.pad_token_id  # so that transformers finds the last token
-    tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
+    tokenizer.truncation_side = "right"
+    plain = tokenizer.chat_template is None
     max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
 
     @torch.no_grad()
@@ -348,8 +349,8 @@ class KeyValueCache(DynamicCache):
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
-    logprob at temperature 1. Inverts the CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. fp64
-    keeps the tail of a large vocabulary. Overwrites logits (B, V)."""
+    logprob at temperature 1. Inverts the CDF at uniform (B,), so draws do not depend on the batch: first a chunk of 128
+    tokens, then a token in it. fp64 keeps the tail of a large vocabulary. Overwrites logits (B, V)."""
     if logits.shape[1] % 128:
         logits = nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
     logits = logits.float().div_(temperature or 1.0)
@@ -411,7 +412,7 @@ TILE = {"cpu": 2**20, "cuda": 2**26}  # logits per tile: fits a CPU's cache, fil
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
-    (N,), by tiles of the vocabulary: there is never an (N, V) tensor."""
+    (N,), in tiles of the vocabulary, so that no (N, V) tensor exists."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -433,7 +434,7 @@ class TokenLogprobs(torch.autograd.Function):
         d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
         for tile, (w, d_w) in enumerate(zip(weight.split(ctx.size), d_weight.split(ctx.size))):
             w = w.to(h.dtype)  # (size, H)
-            # d logprob / d logits = onehot(target) - softmax, in fp32, as both are often near 1
+            # d logprob / d logits = onehot(target) - softmax, in fp32: near 1 the two cancel
             d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
             rows = (target // ctx.size == tile).nonzero()[:, 0]
             d[rows, target[rows] % ctx.size] += 1
@@ -444,7 +445,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
+    """Whether a row may be a tree (see completion_states). Not with sliding windows, ALiBi or linear attention."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -468,7 +469,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
     inputs = {"input_ids": ids, "use_cache": False}
     if K > 1:  # else causal attention suffices: right padding needs no mask
-        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, query, key)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
@@ -487,10 +488,10 @@ def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
     K of a prompt's G completions share a row, which computes the prompt once, but attention is dense over its
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best is cheapest per completion."""
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best_K is cheapest per completion."""
     L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
-    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
-    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
+    best_K = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
+    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best_K and L_q + K * T <= max_tokens))
     rows = [samples[i : i + K] for i in range(0, len(samples), K)]
     lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
     batches = []
@@ -523,9 +524,9 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -554,14 +555,14 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         print(run_dir)
         if not args.model_name_or_path and not args.resume:
-            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+            write_tiny_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
     if world_size > 1:
         dist.barrier()
     model, tokenizer = load_pretrained(initial)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     splits = load_rows(args) if args.dataset_name else addition_rows()
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
-    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
@@ -569,7 +570,7 @@ def main(args: Args) -> dict[str, float]:
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     reward_model = load_reward_model(args, device) if args.reward_model_path else None
-    if not reward_model and [f for f, weight in REWARDS if weight] == [accuracy_reward]:  # check all answers
+    if not reward_model and [f for f, weight in REWARDS if weight] == [accuracy_reward]:  # fail early
         score_completions([e | {"text": ""} for e in train + held_out], None)
     ref_model = load_pretrained(initial)[0].to(device) if args.beta else None
     if args.gradient_checkpointing:
@@ -593,13 +594,13 @@ def main(args: Args) -> dict[str, float]:
             (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
-    def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple:
-        """k samples {..., completion, text} per example of this process's share; their logprobs and mask (P*k, T)."""
+    def rollout(examples: list[dict], k: int, temperature: float, seed: int, skip: int = 0) -> tuple:
+        """k samples {..., completion, text} per example of this process's share, and logprobs and mask (P*k, T)."""
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         prompts = {"input_ids": [e["ids"] for e in examples]}
         query = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
-        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # lower ranks' draws
+        torch.rand((skip + rank * P) * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # others'
         with autocast:
             response, logprobs, mask = sample(
                 model, query.input_ids, query.attention_mask, k, args.max_completion_length,
@@ -615,16 +616,16 @@ def main(args: Args) -> dict[str, float]:
 
     def evaluate(step: int) -> dict[str, float]:
         """Metrics on held-out prompts: at temperature 1, always with the same random numbers, and greedy."""
-        reference = ref_model or load_pretrained(initial)[0].to(device)
+        reference = ref_model or load_pretrained(initial)[0].to(device)  # not kept, to save memory
         values, text = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
-        chunk = B // max(G, args.eval_generations) // world_size * world_size or world_size  # prompts at a time
-        for start in range(0, len(held_out), chunk):
+        at_once = max(1, B // max(G, args.eval_generations) // world_size) * world_size  # prompts, as in a rollout
+        for start in range(0, len(held_out), at_once):
             for k, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
-                samples, logprobs, mask = rollout(held_out[start : start + chunk], k, temperature, args.seed + start)
+                samples, logprobs, mask = rollout(held_out[start : start + at_once], k, temperature, args.seed, start)
                 rewards, by_name = score_completions(samples, reward_model)  # (P*k,) each
                 figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
                 if temperature:
-                    kl = logprobs.sum(1)  # (P*k,): log(pi / pi_ref) of completions
+                    kl = logprobs.sum(1)  # (P*k,): log pi; log pi_ref is subtracted below
                     for mb, *inputs in pack(model, samples, k, args.max_tokens_per_microbatch):
                         with torch.no_grad(), autocast:
                             kl[mb] -= completion_logprobs(reference, *inputs, 1.0).sum(1)
@@ -683,7 +684,7 @@ def main(args: Args) -> dict[str, float]:
                 )
                 loss.backward()
                 for name, x in {"train/loss": loss.detach(), **mb_stats}.items():
-                    stats[name] += x[None] / args.num_iterations
+                    stats[name] += x[None] / args.num_iterations  # (1,) for gather, which is summed below
             for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
@@ -718,7 +719,7 @@ def main(args: Args) -> dict[str, float]:
             "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
         if step == 0 and mean_gap > (0.05 if args.bf16 else 1e-3):
-            raise ValueError(f"{type(model).__name__} is not supported: sampler and loss give different logprobs")
+            raise ValueError(f"{type(model).__name__} is not supported: it may scale or cap the logits of its head")
         bar.set_postfix_str(f"reward {groups.mean():.2f}, length {num_tokens / B:.1f}")
         if rank == 0:
             for name, x in logs.items():

@@ -13,11 +13,12 @@ from samples of a policy trained alongside the reward by RL on r_psi - log pi (t
 
 There are two such models. They coincide if dynamics are deterministic, the start state is fixed, and gamma is 1:
 
-    non-causal  p(tau) ~ d(s_0) prod_t P(s_t+1|s_t,a_t) exp(r(tau)), up to Z. Reweights start states and dynamics toward
-                luck, which no policy can do. Ziebart et al. 2008, AAAI. `log_partition`
+    non-causal  p(tau) ~ d(s_0) prod_t P(s_t+1|s_t,a_t) exp(r(tau)), up to Z. It makes lucky starts and transitions more
+                likely, which no policy can do. Ziebart et al. 2008, AAAI. In code: `log_partition`.
     causal      p(tau) = d(s_0) prod_t P(s_t+1|s_t,a_t) pi(a_t|s_t), pi = exp(Q - V), V = logsumexp_a Q; log Z = E_d[V].
-                Ziebart et al. 2010, ICML. `soft_value_iteration`, the demonstrator, every evaluation
+                Ziebart et al. 2010, ICML. In code: `soft_value_iteration`; the demonstrator and evaluations use it.
 
+"Tables" are environments with known transitions (env.unwrapped.P); they run on the CPU. All others are "control".
 --estimator exact fits the causal model of a table by L-BFGS. --estimator sampled follows Guided Cost Learning (Finn et
 al. 2016, arXiv:1603.00448), without demonstrations in the samples; its policy learns by soft Q-iteration on observed
 counts (tables) or PPO (arXiv:1707.06347). E_model[.] becomes a sum over samples with weights w that sum to 1:
@@ -25,10 +26,10 @@ counts (tables) or PPO (arXiv:1707.06347). E_model[.] becomes a sum over samples
     tables      log w = r(tau) - sum_t log pi(a_t|s_t) per trajectory. Target: the non-causal model.
     control     log w = sum_t [r + gamma V(s_t+1) - V(s_t) - log pi(a_t|s_t)] per segment, V the critic. Target:
                 p(segment) ~ p(start) prod_t P(s_t+1|s_t,a_t) exp(r + gamma V(s_t+1) - V(s_t)). With deterministic
-                dynamics and the soft-optimal V, that is the soft-optimal policy from the sampled starts; its samples
-                get equal weights (path consistency, arXiv:1702.08892). Without -V, starts would be reweighted too.
+                dynamics and a soft-optimal V, that is the soft-optimal policy from the segments' starts, and its
+                samples get equal weights (path consistency, arXiv:1702.08892). Without -V, starts would be reweighted.
 
-    python maxent_irl.py                             # laptop: the lecture's grid, both estimators
+    python maxent_irl.py                             # laptop: a cat's 4x4 grid, both estimators
     python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
     python maxent_irl.py --env-id CartPole-v1 --demos CartPole-v1.npz --num-demos 10 --max-steps 200
     python maxent_irl.py --resume runs/<run folder>  # continue exactly from the last checkpoint
@@ -36,7 +37,7 @@ counts (tables) or PPO (arXiv:1707.06347). E_model[.] becomes a sum over samples
 Shapes: N environments, T steps each, B valid steps in all (`mask` (T, N)), b per minibatch; O observation features;
 n demonstration steps; M weighted segments; A actions (or Box dimensions). Tables: S states, K successors, H steps.
 
-Deliberately not here: images, several processes, off-policy RL, weighted demonstrations. See imitation.
+Deliberately not here: images, several processes, off-policy RL, weighted demonstrations. See the imitation library.
 """
 
 import importlib
@@ -82,34 +83,34 @@ class Args:
     resume: str | None = None  # run folder to continue with its own flags; pass no others
 
     # ---- environment and demonstrations
-    env_id: str | None = None  # with a table (env.unwrapped.P), else "control": 1-D Box obs. None: the lecture's grid
-    env_kwargs: str = "{}"  # keyword arguments as JSON. The lecture's grid accepts slip
-    horizon: int | None = None  # H, maximum steps per episode. None: the time limit (lecture's grid: 10)
+    env_id: str | None = None  # one with a table, or any with 1-D Box observations (control). None: the cat's grid
+    env_kwargs: str = "{}"  # keyword arguments as JSON. The cat's grid takes slip, a probability
+    horizon: int | None = None  # H, maximum steps per episode. None: the time limit (the cat's grid: 10)
     demos: str | None = None  # .npz of obs, act, lengths, optionally rew. None: sample a max-ent policy
-    num_demos: int | None = None  # use the first n. None: all of --demos. Without --demos: 10 (tables: exact visits)
+    num_demos: int | None = None  # use the first n. None: all in --demos; without --demos, 10 (tables: exact visits)
     reward_scale: float = 1.0  # scales the true reward for the generated demonstrator; larger: closer to optimal
     expert_steps: int = 150  # control: policy updates to train the demonstrator
     transfer: str | None = None  # tables: JSON that overrides --env-kwargs for a second, final evaluation
 
-    # ---- maximum-entropy inverse RL. None: the default given for "table" or "control"
-    estimator: Literal["exact", "sampled", "both"] | None = None  # table: both. control: sampled
-    gamma: float | None = None  # discount of values; in tables, of visits too. table: 1. control: 0.99
-    reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # next_state; control: state_action
+    # ---- maximum-entropy inverse RL. None: the value in parentheses
+    estimator: Literal["exact", "sampled", "both"] | None = None  # which fit (table: both; control: sampled)
+    gamma: float | None = None  # discount of values; in tables, of visits too (table: 1; control: 0.99)
+    reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # (table: next_state)
     reward_model: Literal["linear", "neural"] = "neural"  # control only; a table's reward is tabular
-    reward_l2: float | None = None  # sampled: weight of each episode's squared rewards. table: 0. control: 0.01
-    learning_rate: float | None = None  # sampled: the reward's Adam, decays to 0. table: 0.8. control: 1e-3
-    num_trajectories: int | None = None  # sampled: N per iteration. table: 512. control: 16
+    reward_l2: float | None = None  # sampled: weight of episodes' squared rewards (table: 0; control: 0.01)
+    learning_rate: float | None = None  # sampled: the reward's Adam, decays to 0 (table: 0.8; control: 1e-3)
+    num_trajectories: int | None = None  # sampled: N per iteration (table: 512; control: 16)
     max_steps: int = 300  # sampled: iterations of rollout, reward step, policy step
     save_steps: int = 50  # steps between checkpoints
     exact_tolerance: float = 1e-4  # exact: stop once visits match the demonstrations this closely
     exact_steps: int = 50  # exact: maximum number of L-BFGS calls, 20 iterations each
     soft_q_rate: float = 0.5  # tables: step size of soft Q-learning
-    segment_length: int = 10  # control: steps per weighted segment; = horizon for whole episodes
+    segment_length: int = 10  # control: steps per weighted segment; the horizon makes it whole episodes
 
     # ---- control: actor and critic
     eval_episodes: int = 50  # episodes per evaluation, with sampled actions
     hidden_size: int = 64  # units in each of a network's two hidden layers
-    policy_learning_rate: float = 1e-3  # Adam for actor and critic, decays to 0 (demonstrator: constant)
+    policy_learning_rate: float = 1e-3  # Adam of actor and critic, decays to 0; constant for the demonstrator
     gae_lambda: float = 0.95  # lambda of GAE (arXiv:1506.02438)
     update_epochs: int = 5  # passes over the trajectories per policy step
     minibatch_size: int = 512  # environment steps per gradient step
@@ -178,11 +179,11 @@ def log_partition(
     """log Z of the non-causal model, the sum over trajectories of d(s_0) prod_t P(s_t+1|s_t,a_t) exp(gamma^t r_t). Its
     gradient in the reward (S, A) is the model's visits. For transition and ended see soft_value_iteration."""
     S, A = reward.shape
-    states, logprobs = successors(transition)  # (S*A, K)
+    states, log_p = successors(transition)  # (S*A, K)
     ended = ended_states(reward, transition) if ended is None else ended
     log_z = torch.zeros(S, dtype=torch.float64)
     for t in reversed(range(horizon)):
-        following = (logprobs + F.pad(log_z, (0, 1))[states]).logsumexp(1).view(S, A)  # an end adds log 1
+        following = (log_p + F.pad(log_z, (0, 1))[states]).logsumexp(1).view(S, A)  # after an end, log Z = 0
         log_z = (torch.where(ended, -math.log(A), gamma**t * reward.double()) + following).logsumexp(1)  # (S,)
     return (initial.double().log() + log_z).logsumexp(0)
 
@@ -199,11 +200,11 @@ def gae_episodic(
 ) -> tuple[Tensor, Tensor]:
     """GAE advantages and lambda-returns (Schulman et al. 2016, eq. 16), all (T, N). next_values belong to the
     observation before any reset: a truncated episode bootstraps from it, a terminated one does not."""
-    advantages, following = torch.zeros_like(values), torch.zeros_like(values[0])
+    advantages, advantage = torch.zeros_like(values), torch.zeros_like(values[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * torch.where(terminated[t], 0.0, next_values[t]) - values[t]  # (N,)
-        following = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, following)  # (N,)
-        advantages[t] = following
+        advantage = delta + gamma * lam * torch.where(terminated[t] | truncated[t], 0.0, advantage)  # (N,)
+        advantages[t] = advantage
     return advantages, advantages + values
 
 
@@ -241,30 +242,30 @@ def fit_exact(
         with torch.no_grad():
             policy, values = soft_value_iteration(learned, table["transition"], gamma, horizon, table["ended"])
             difference = occupancy(policy, table["transition"], table["initial"], gamma) - target_visits  # (S, A)
-        (difference * learned).sum().backward()  # not the objective, but its gradient
+        (difference * learned).sum().backward()  # has the objective's gradient
         return table["initial"] @ values[0] - (target_visits * learned.detach()).sum()
 
     for _ in range(max_calls):
         optimizer.step(objective)
         loss = objective().item()
-        gap = (reward.weight.grad / reward.scale).abs().max().item()  # in the entries, not in their weights
+        gap = (reward.weight.grad / reward.scale).abs().max().item()  # per reward entry, not per scaled parameter
         if gap <= tolerance:
             break
     return loss, gap
 
 
-LECTURE_GRID = "C.B." "..T." "...." "...M"  # the cat starts; rewards are paid on arrival; the meat ends the episode
-LECTURE_CELLS = {".": ("", 0.0), "C": ("cat", 0.0), "B": ("broom", -1.0), "T": ("bathtub", -10.0), "M": ("meat", 100.0)}
+CAT_GRID = "C.B." "..T." "...." "...M"  # the cat starts; rewards are paid on arrival; the meat ends the episode
+CAT_CELLS = {".": ("", 0.0), "C": ("cat", 0.0), "B": ("broom", -1.0), "T": ("bathtub", -10.0), "M": ("meat", 100.0)}
 
 
-def lecture_moves(slip: float = 0.0) -> dict:
-    """The lecture's grid in Gymnasium's form: P[state][action] = [(probability, next state, reward, end), ...]. Moves
+def cat_moves(slip: float = 0.0) -> dict:
+    """The cat's grid in Gymnasium's form: P[state][action] = [(probability, next state, reward, end), ...]. Moves
     are left, right, up, down; with probability slip, any of the four. Moves off the grid stay put."""
     moves: dict = {}
     for s in range(16):
         reached = [s - (s % 4 > 0), s + (s % 4 < 3), s - 4 * (s >= 4), s + 4 * (s < 12)]
-        ends = [(s2, LECTURE_CELLS[LECTURE_GRID[s2]][1], LECTURE_GRID[s2] == "M") for s2 in reached]
-        moves[s] = {a: [(slip / 4 + (1 - slip) * (a == b), *end) for b, end in enumerate(ends)] for a in range(4)}
+        outcomes = [(s2, CAT_CELLS[CAT_GRID[s2]][1], CAT_GRID[s2] == "M") for s2 in reached]
+        moves[s] = {a: [(slip / 4 + (1 - slip) * (a == b), *x) for b, x in enumerate(outcomes)] for a in range(4)}
     return moves
 
 
@@ -273,10 +274,8 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
     and the map's `shape`. `arrival` has every move. `transition` lacks those that end the episode or lead to an ended
     state, so its rows may sum to less than 1."""
     S, A = len(moves), len(moves[0])
-    rows, probabilities, columns, rewards, ends = (
-        torch.from_numpy(np.array(x))
-        for x in zip(*((s * A + a, *move) for s in range(S) for a in range(A) for move in moves[s][a]))
-    )  # (moves,)
+    flat = [(s * A + a, *move) for s in range(S) for a in range(A) for move in moves[s][a]]
+    rows, probabilities, columns, rewards, ends = (torch.from_numpy(np.array(x)) for x in zip(*flat))  # (moves,)
     arrival = torch.zeros(S * A, S, dtype=torch.float64).index_put_((rows, columns), probabilities, accumulate=True)
     if (probabilities < 0).any() or not np.allclose(arrival.sum(1), 1) or not np.isclose(initial.sum(), 1):
         raise ValueError("--env-id: its table has probabilities that are negative or do not sum to 1")
@@ -291,7 +290,7 @@ def read_table(moves: dict, initial: Tensor, shape: tuple[int, int]) -> dict:
 def load_table(env_id: str | None, env_kwargs: dict) -> tuple[dict | None, int | None]:
     """The environment's transition table, or None if it has none, and its time limit."""
     if env_id is None:
-        return read_table(lecture_moves(**env_kwargs), torch.eye(16)[LECTURE_GRID.index("C")], (4, 4)), 10
+        return read_table(cat_moves(**env_kwargs), torch.eye(16)[CAT_GRID.index("C")], (4, 4)), 10
     env = gymnasium.make(env_id, **env_kwargs)
     inner, limit = env.unwrapped, env.spec.max_episode_steps
     if not (hasattr(inner, "P") and hasattr(inner, "initial_state_distrib")):
@@ -329,8 +328,8 @@ class TableReward(nn.Module):
 
     def __init__(self, inputs: str, visits: Tensor, arrival: Tensor) -> None:
         super().__init__()
-        seen = {"next_state": (arrival.t() @ visits.flatten())[:, None], "state": visits.sum(1, keepdim=True)}
-        seen = seen.get(inputs, visits)  # (S, 1) or (S, A)
+        options = {"next_state": (arrival.t() @ visits.flatten())[:, None], "state": visits.sum(1, keepdim=True)}
+        seen = options.get(inputs, visits)  # (S, 1) or (S, A)
         self.expected, self.num_actions = inputs == "next_state", visits.shape[1]
         self.register_buffer("scale", (seen + 0.1) ** -0.5)
         self.register_buffer("arrival", arrival, persistent=False)
@@ -377,7 +376,7 @@ class ActorCritic(nn.Module):
         outputs = torch.ones_like(outputs) if mode == "uniform" else outputs
         if self.discrete:
             return torch.multinomial(outputs.softmax(-1), 1, generator=generator)[:, 0]
-        shares = torch._sample_dirichlet(torch.stack(outputs.chunk(2, -1), -1), generator)[..., 0]  # (N, A)
+        shares = torch._sample_dirichlet(torch.stack(outputs.chunk(2, -1), -1), generator)[..., 0]  # (N, A): Beta's
         return 2 * shares.clamp(1e-6, 1 - 1e-6) - 1  # the density may be infinite at both ends
 
     def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
@@ -389,7 +388,7 @@ class ActorCritic(nn.Module):
 
 
 class SoftQ(nn.Module):
-    """The policy of a table, softmax Q_t(s, .), and its max-ent RL step. Calling it returns logits."""
+    """The policy of a table, softmax Q_t(s, .), and its max-ent RL step. It acts like a discrete ActorCritic."""
 
     discrete, unit, select, logprobs = True, ActorCritic.unit, ActorCritic.select, ActorCritic.logprobs
 
@@ -516,7 +515,7 @@ def rollout(
         all_obs.append(torch.tensor(obs, dtype=torch.float32))
         others = (torch.from_numpy(x.copy()) for x in (rewards, is_data, terminated, truncated))  # (N,) each
         columns.append((outputs, actions, *others))
-        is_data = ~(terminated | truncated) & (is_data | (not one_episode))
+        is_data = ~(terminated | truncated) & (is_data | (not one_episode))  # the step after an end only resets
         if one_episode and not is_data.any():
             break
     outputs, actions, rewards, mask, terminated, truncated = (torch.stack(x) for x in zip(*columns))  # (T, N, ...)
@@ -589,8 +588,8 @@ def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: fl
         "expert_return": returns["expert"], "random_return": returns["random"], "return": returns["soft"],
         "expected_value_difference": returns["expert"] - returns["soft"],
         "normalized_score": (returns["soft"] - returns["random"]) / (margin or math.nan),
-        "best_return": returns["best"], "optimal_return": returns["hard"],
-        "optimal_value_difference": returns["best"] - returns["hard"],
+        "best_return": returns["best"], "greedy_return": returns["hard"],
+        "greedy_value_difference": returns["best"] - returns["hard"],
         "occupancy_gap": (visits["soft"] - expert_visits).sum(1).abs().max().item(),
         "reward_correlation": torch.stack([reward, true_reward]).flatten(1).corrcoef()[0, 1].item(),
     }
@@ -605,9 +604,9 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -615,12 +614,13 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
-    env_kwargs, device = json.loads(args.env_kwargs), torch.device("cpu")
+    device = torch.device("cpu")
     try:
+        env_kwargs = json.loads(args.env_kwargs)
         table, limit = load_table(args.env_id, env_kwargs)
         other, _ = load_table(args.env_id, env_kwargs | json.loads(args.transfer)) if args.transfer else (None, None)
-    except TypeError as error:
-        raise ValueError(f"--env-kwargs, --transfer: {error}") from None
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--env-kwargs and --transfer must be JSON objects of keyword arguments: {error}") from None
     args = replace(args, **{k: pair[table is None] for k, pair in DEFAULTS.items() if getattr(args, k) is None})
     H = limit if args.horizon is None else args.horizon
     if H is None:
@@ -629,7 +629,7 @@ def main(args: Args) -> dict[str, float]:
         S, A = table["reward"].shape
         make, observation_space, action_space = partial(TableEnv, table), Discrete(S), Discrete(A)
         make_policy = partial(SoftQ, S, A, H, args.gamma)
-        mean_std = torch.tensor([[0.0, 0.0], [S, H]])  # (2, O) of observations (state, step)
+        mean_std = torch.tensor([[0.0, 0.0], [S, H]])  # of observations (state, step); the reward and SoftQ undo it
     else:
         if args.estimator != "sampled" or args.reward_inputs == "next_state" or args.transfer is not None:
             raise ValueError(f"{args.env_id} has no table: --estimator exact/both, next_state and --transfer need one")
@@ -653,7 +653,7 @@ def main(args: Args) -> dict[str, float]:
     demos = None if args.demos is None else load_demos(args.demos, args.num_demos, observation_space, action_space)
     if demos is not None and demos[2].max() > H:
         raise ValueError(f"--demos has an episode of {int(demos[2].max())} steps, more than --horizon {H}")
-    task = (args.env_id or "lecture").replace(":", "-").replace("/", "-")
+    task = (args.env_id or "cat-grid").replace(":", "-").replace("/", "-")
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(start_time)}")
     print(run_dir)
     progress = {"step": 0, "env_steps": 0} if checkpoint is None else {k: checkpoint[k] for k in ("step", "env_steps")}
@@ -698,7 +698,7 @@ def main(args: Args) -> dict[str, float]:
         expert_weights = discount ** steps.double() / len(lengths)  # (n,)
     if table is not None:
         target_visits = torch.bincount(expert_obs.long() * A + expert_actions, expert_weights, S * A).view(S, A)
-        expert_visits = expert_visits if args.demos is None else target_visits
+        expert_visits = expert_visits if args.demos is None else target_visits  # for evaluation: exact if known
         expert_obs = F.pad(expert_obs[:, None], (0, 1))  # (n, 2)
     expert_obs, expert_actions, expert_weights = (x.to(device) for x in (expert_obs, expert_actions, expert_weights))
     if table is None:  # fixed from here on: log-probabilities depend on it
@@ -749,11 +749,11 @@ def main(args: Args) -> dict[str, float]:
                 values = policy.critic(obs)[..., 0]  # (T+1, N)
             scores = scores + args.gamma * torch.where(batch["terminated"], 0.0, values[1:]) - values[:-1]
             length = args.segment_length
-        taken, scores, logprobs, returns = (
+        valid, scores, logprobs, returns = (  # sums over segments
             F.pad(torch.where(mask, x, 0.0).t(), (0, -T % length)).reshape(-1, length).sum(1)
             for x in (mask, scores, batch["logprobs"], returns)
-        )  # (segments,), those of the first trajectory first
-        scores, logprobs, returns = (x[taken > 0] for x in (scores, logprobs, returns))  # (M,)
+        )  # (segments,), trajectory by trajectory
+        scores, logprobs, returns = (x[valid > 0] for x in (scores, logprobs, returns))  # (M,)
         weights = importance_weights(scores, logprobs)  # (M,)
 
         # ---- reward: a gradient step up E_demos[r] - log Z, both per trajectory
@@ -809,7 +809,7 @@ def main(args: Args) -> dict[str, float]:
         log_partition(leaf, table["transition"], table["initial"], H, args.gamma, table["ended"]).backward()
         difference = causal_visits(true_reward, table, args.gamma, H) - leaf.grad  # (S, A)
         metrics["eval/causal_gap"] = difference.sum(1).abs().sum().item()
-        on_arrival = table["arrival"] / table["arrival"].sum(0)  # (S*A, S)
+        on_arrival = table["arrival"] / table["arrival"].sum(0)  # (S*A, S): mean over moves to a state, for maps
     for name, module in modules.items() if table is not None else ():
         learned = module.table(table["arrival"]).detach()  # (S, A)
         found[name] = evaluate_table(learned, table, expert_visits, args.gamma, H)
@@ -831,8 +831,8 @@ def main(args: Args) -> dict[str, float]:
         for axes, (title, x) in zip(figure.subplots(1, 4), panels.items()):
             axes.set(title=title, xticks=[], yticks=[])
             figure.colorbar(axes.imshow(x.view(table["shape"]).numpy()), ax=axes, shrink=0.7)
-            for s, cell in enumerate(LECTURE_GRID if args.env_id is None else ""):
-                axes.text(s % 4, s // 4, LECTURE_CELLS[cell][0], ha="center", va="center", color="red", weight="bold")
+            for s, cell in enumerate(CAT_GRID if args.env_id is None else ""):
+                axes.text(s % 4, s // 4, CAT_CELLS[cell][0], ha="center", va="center", color="red", weight="bold")
         writer.add_figure(f"maps/{name}", figure, progress["env_steps"])
     for name, results in found.items():  # unprefixed keys belong to the last estimator
         metrics |= {f"eval/{key}": x for key, x in results.items()}

@@ -10,7 +10,7 @@ per-token KL penalty keeps the policy near the initial model. A value network pr
 the clipped update raises or lowers each token's probability according to its advantage over that prediction.
 
     r_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)),  plus score(x, y) at the last token
-    A_t = sum_l (gamma lambda)^l delta_t+l,   delta_t = r_t + gamma V(x, y_<t+1) - V(x, y_<t),   R_t = A_t + V(x, y_<t)
+    A_t = sum_l (gamma lambda)^l delta_(t+l),   delta_t = r_t + gamma V(x, y_<=t) - V(x, y_<t),   R_t = A_t + V(x, y_<t)
     L(theta) = -E[min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)]                          (A_t whitened)
                + c E[max((V - R_t)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R_t)^2)] / 2,   rho_t = pi / pi_old
 
@@ -19,17 +19,17 @@ Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al. 2020, arXiv:2009.01325; O
 Details: Huang et al. 2024, arXiv:2403.17031 ("N+ implementation details").
 
     python ppo_llm.py                              # laptop, offline: a tiny model learns to show its work
-    python reward_model.py --output-dir rm         # the whole pipeline: a reward model from preferences ...
+    python reward_model.py --output-dir rm         # with a learned reward: first a reward model ...
     python ppo_llm.py --reward-model-path rm/<run folder>/model --normalize-reward-model --kl-coef 0.2   # ... then RL
     python ppo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback-prompt \\
         --reward-model-path <run folder of reward_model.py>/model --max-eval-samples 128                   # one GPU
     torchrun --nproc-per-node=8 ppo_llm.py ...     # several GPUs: the same global batch, split by prompts
     python ppo_llm.py --resume runs/<run folder>   # continue exactly from the last checkpoint
 
-Shapes: P prompts of one process, G completions per prompt (k in evaluation), B completions, L_q prompt tokens, T tokens
-per completion, R rows of L tokens, K completions per row, H hidden size, V vocabulary. logprobs[:, t] scores token t,
-values[:, t] is the value of the state before it. `mask` is True where a token counts: up to and including the first
-stop token.
+Shapes: P prompts per process, G completions per prompt (k in evaluation), B completions (in main: of all processes),
+L_q prompt tokens, T completion tokens, R rows of L tokens, K completions per row, N tokens in a micro-batch, H hidden
+size, V vocabulary. logprobs[:, t] belongs to completion token t, values[:, t] to the state before it. `mask` is True up
+to the first stop token, inclusive.
 
 Deliberately not here: inference servers, LoRA, tools, an adaptive KL coefficient, a mixed-in pretraining loss, sharded
 weights. See TRL 1.12 (the last release with PPO) or verl.
@@ -81,7 +81,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
+    dataset_test_split: str = "test"  # split to evaluate on. No "test": holds out a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -99,28 +99,28 @@ class Args:
     generation_batch_size: int = 256  # completions per rollout across all processes
     num_generations: int = 1  # G, completions per prompt. One is enough for PPO; if more, the prompt is read only once
     max_completion_length: int = 256  # longest completion, in tokens
-    temperature: float = 1.0  # divides the logits in sampling and in the loss; above 0
+    temperature: float = 1.0  # divides the logits in sampling and loss, not in evaluation; above 0
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
-    reward_model_path: str | None = None  # one-logit classifier as the reward. Reward functions are then only logged
+    reward_model_path: str | None = None  # one-logit classifier; replaces the reward functions, then only logged
     normalize_reward_model: bool = False  # standardize scores by reward_mean, reward_std of the model's config
     num_ppo_epochs: int = 4  # passes over each rollout (Ziegler et al. 2019)
     num_mini_batches: int = 1  # optimizer steps per pass. A prompt's completions stay together
-    target_kl: float | None = None  # end the passes over a rollout after one whose mean KL per token exceeds this
+    target_kl: float | None = None  # stop a rollout's passes after one with a mean KL per token above this
     kl_coef: float = 0.05  # beta: reward penalty per nat of log pi / pi_ref (default of Huang et al. 2024)
     gamma: float = 1.0  # discount per token (Ziegler et al. 2019)
     lam: float = 0.95  # lambda of GAE (Ziegler et al. 2019)
     epsilon: float = 0.2  # the ratio is clipped to 1 +- epsilon
-    cliprange_value: float = 0.2  # the value loss clips new values to within this distance of the rollout's
-    vf_coef: float = 0.1  # weight of the value loss. Matters mainly with --share-value-backbone
+    cliprange_value: float = 0.2  # the value loss keeps new values this close to the rollout's
+    vf_coef: float = 0.1  # weight of the value loss. Matters with --share-value-backbone; else Adam cancels it
     ent_coef: float = 0.0  # weight of the entropy bonus
-    whiten_rewards: bool = False  # scale token rewards to unit variance about their mean, which is kept
+    whiten_rewards: bool = False  # scale token rewards to unit variance; their mean stays
     missing_eos_penalty: float = 0.0  # subtracted from the score of a training completion without a stop token
     share_value_backbone: bool = False  # value head on the policy: saves memory, but its loss also trains the policy
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (B, T): -kl_coef * log_ratio, where log_ratio (B, T) is log pi / pi_ref of the sampled tokens (k1, whose
-    mean is the KL), plus the score (B,) at the last real token (Ouyang et al. 2022, eq. 2). 0 where mask is False."""
+    """Rewards (B, T): -kl_coef * log_ratio, where log_ratio (B, T) is log pi / pi_ref of the sampled tokens (its mean
+    is the KL), plus the score (B,) at the last real token (Ouyang et al. 2022, eq. 2). 0 where mask is False."""
     rewards = torch.where(mask, -kl_coef * log_ratio, 0.0)  # (B, T)
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     return rewards.scatter_add(1, last, scores[:, None])
@@ -148,7 +148,7 @@ def ppo_loss(
     """The loss to minimize (PPO's clipped surrogate plus vf_coef times the clipped value loss) and statistics. Tensors
     are (B, T); results are means over tokens.
 
-    num_tokens is the token count of the whole minibatch, so that losses add up over micro-batches and processes.
+    num_tokens (None: those in mask) counts the whole minibatch, so that losses of micro-batches and processes add up.
     On-policy, the policy loss is minus the mean advantage (0 if whitened), but its gradient is not 0.
     The entropy term has the right gradient, estimated from the sampled tokens, but its value is not the entropy."""
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
@@ -166,7 +166,7 @@ def ppo_loss(
     value_loss = mean(torch.max(errors, errors_clipped)) / 2
     loss = policy_loss + vf_coef * value_loss  # eq. 9
     if ent_coef != 0.0:
-        loss = loss + ent_coef * mean(ratio.detach() * logprobs.square() / 2)
+        loss = loss + ent_coef * mean(ratio.detach() * logprobs.square() / 2)  # gradient: that of -H
     stats = {
         "loss/policy_avg": policy_loss,
         "loss/value_avg": value_loss,
@@ -186,9 +186,9 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
 
 
 # ---- Rewards: edit these. Each returns a number, or None where it does not apply.
-NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-MARKED = re.compile(r"####(?![#\s*]*[A-Za-z])\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)
+NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"  # 7, -3, 1,200.5, .5
+MARKED = re.compile(r"####(?![#\s*]*[A-Za-z])\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # #### 12
+SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)  # 7+5=12, so #### 12
 
 
 def extract_number(text: str) -> float | None:
@@ -203,7 +203,7 @@ def extract_number(text: str) -> float | None:
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's, else 0. None if the answer has no clear number."""
+    """1 if the completion's final number is the answer's. None if the answer is not a number and marks none."""
     has_number = answer and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
     expected = extract_number(answer) if has_number else None
     return None if expected is None else float(extract_number(completion) == expected)
@@ -238,7 +238,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
-    return sum(rows[262:], []), sum(rows[:262], [])
+    return sum(rows[262:], []), sum(rows[:262], [])  # 262 unordered pairs are 520 sums
 
 
 def demonstrate(row: dict, rng: random.Random) -> str:
@@ -249,7 +249,7 @@ def demonstrate(row: dict, rng: random.Random) -> str:
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
 
 
-def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
     """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
     characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
@@ -337,10 +337,11 @@ def load_reward_model(args: Args, device: torch.device) -> Callable:
     flag = "--reward-model-path"
     model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
     config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
-    if config.num_labels != 1 or not has_own_pad or args.normalize_reward_model and not hasattr(config, "reward_std"):
+    if config.num_labels != 1 or not has_own_pad or (args.normalize_reward_model and not hasattr(config, "reward_std")):
         raise ValueError(f"{flag} needs one logit, a pad token besides EOS and, to normalize, reward_std in its config")
     config.pad_token_id = tokenizer.pad_token_id  # so that transformers finds the last token
-    tokenizer.truncation_side, plain = "right", tokenizer.chat_template is None
+    tokenizer.truncation_side = "right"
+    plain = tokenizer.chat_template is None
     max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
 
     @torch.no_grad()
@@ -363,7 +364,7 @@ def load_value_model(
     args: Args, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, initial: str
 ) -> tuple[PreTrainedModel, nn.Linear]:
     """A value network and its head: the policy itself if shared; else a copy of the reward model (Stiennon et al. 2020,
-    section 3.4) if its model type, width and token ids match; else of the initial policy. A new head outputs 0."""
+    section 3.4) if its architecture and token ids match; else of the initial policy. A new head outputs 0."""
     head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -371,15 +372,15 @@ def load_value_model(
         return model, head
     if args.reward_model_path is not None:
         name, flag = args.reward_model_path, "--reward-model-path"
-        rated, own_tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
+        reward_model, own_tokenizer = load_pretrained(name, flag, AutoModelForSequenceClassification)
         keys = ("model_type", "hidden_size", "max_position_embeddings", "sliding_window")
-        same = [getattr(rated.config, key, None) == getattr(model.config, key, None) for key in keys]
+        same = [getattr(reward_model.config, key, None) == getattr(model.config, key, None) for key in keys]
         if all(same) and tokenizer.get_vocab().items() <= own_tokenizer.get_vocab().items():
-            normalized, config = args.normalize_reward_model, rated.config
-            mean, std = (config.reward_mean, config.reward_std) if normalized else (0.0, 1.0)
-            head.weight.data = rated.score.weight.data / std  # values on the scale of the scores
+            config = reward_model.config
+            mean, std = (config.reward_mean, config.reward_std) if args.normalize_reward_model else (0.0, 1.0)
+            head.weight.data = reward_model.score.weight.data / std  # values on the scale of the scores
             head.bias.data.fill_(-mean / std)
-            return rated, head
+            return reward_model, head
     return load_pretrained(initial)[0], head
 
 
@@ -392,8 +393,8 @@ class KeyValueCache(DynamicCache):
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
-    logprob at temperature 1. Inverts the CDF at uniform (B,): first a chunk of 128 tokens, then a token in it. fp64
-    keeps the tail of a large vocabulary. Overwrites logits (B, V)."""
+    logprob at temperature 1. Inverts the CDF at uniform (B,), so draws do not depend on the batch: first a chunk of 128
+    tokens, then a token in it. fp64 keeps the tail of a large vocabulary. Overwrites logits (B, V)."""
     if logits.shape[1] % 128:
         logits = nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
     logits = logits.float().div_(temperature or 1.0)
@@ -455,7 +456,7 @@ TILE = {"cpu": 2**20, "cuda": 2**26}  # logits per tile: fits a CPU's cache, fil
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
-    (N,), by tiles of the vocabulary: there is never an (N, V) tensor."""
+    (N,), in tiles of the vocabulary, so that no (N, V) tensor exists."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -477,7 +478,7 @@ class TokenLogprobs(torch.autograd.Function):
         d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
         for tile, (w, d_w) in enumerate(zip(weight.split(ctx.size), d_weight.split(ctx.size))):
             w = w.to(h.dtype)  # (size, H)
-            # d logprob / d logits = onehot(target) - softmax, in fp32, as both are often near 1
+            # d logprob / d logits = onehot(target) - softmax, in fp32: near 1 the two cancel
             d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
             rows = (target // ctx.size == tile).nonzero()[:, 0]
             d[rows, target[rows] % ctx.size] += 1
@@ -488,7 +489,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
+    """Whether a row may be a tree (see completion_states). Not with sliding windows, ALiBi or linear attention."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -512,7 +513,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
     inputs = {"input_ids": ids, "use_cache": False}
     if K > 1:  # else causal attention suffices: right padding needs no mask
-        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, query, key)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
@@ -532,7 +533,7 @@ def completion_values(
     value_model: PreTrainedModel, value_head: nn.Linear, prompts: list[list[int]], completions: list[list[int]]
 ) -> Tensor:
     """Values (B, T) of the states before each token of B completions; 0 past their ends. The head stays in fp32 under
-    autocast, because bf16 has fewer than three significant digits."""
+    autocast: bf16 values between 4 and 8 are 1/32 apart."""
     hidden, lengths = completion_states(value_model, prompts, completions), [len(c) for c in completions]
     with torch.autocast(hidden.device.type, enabled=False):
         values = value_head(hidden.float())[:, 0]  # (N,)
@@ -542,10 +543,10 @@ def completion_values(
 def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple]:
     """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
     K of a prompt's G completions share a row, which computes the prompt once, but attention is dense over its
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best is cheapest per completion."""
+    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best_K is cheapest per completion."""
     L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
-    best = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
-    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best and L_q + K * T <= max_tokens))
+    best_K = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
+    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best_K and L_q + K * T <= max_tokens))
     rows = [samples[i : i + K] for i in range(0, len(samples), K)]
     lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
     batches = []
@@ -593,9 +594,9 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -625,14 +626,14 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         print(run_dir)
         if not args.model_name_or_path and not args.resume:
-            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+            write_tiny_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
     if world_size > 1:
         dist.barrier()
     model, tokenizer = load_pretrained(initial)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     splits = load_rows(args) if args.dataset_name else addition_rows()
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
-    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
@@ -640,7 +641,7 @@ def main(args: Args) -> dict[str, float]:
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
     reward_model = load_reward_model(args, device) if args.reward_model_path else None
-    if not reward_model and [f for f, weight in REWARDS if weight] == [accuracy_reward]:  # check all answers
+    if not reward_model and [f for f, weight in REWARDS if weight] == [accuracy_reward]:  # fail early
         score_completions([e | {"text": ""} for e in train + held_out], None)
     ref_model = load_pretrained(initial)[0].to(device)
     value_model, value_head = load_value_model(args, model, tokenizer, initial)
@@ -668,13 +669,13 @@ def main(args: Args) -> dict[str, float]:
             (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
-    def rollout(examples: list[dict], k: int, temperature: float, seed: int) -> tuple:
-        """k samples {..., completion, text} per example of this process's share; their logprobs and mask (P*k, T)."""
+    def rollout(examples: list[dict], k: int, temperature: float, seed: int, skip: int = 0) -> tuple:
+        """k samples {..., completion, text} per example of this process's share, and logprobs and mask (P*k, T)."""
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         prompts = {"input_ids": [e["ids"] for e in examples]}
         query = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
-        torch.rand(rank * P * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # lower ranks' draws
+        torch.rand((skip + rank * P) * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # others'
         with autocast:
             response, logprobs, mask = sample(
                 model, query.input_ids, query.attention_mask, k, args.max_completion_length,
@@ -691,15 +692,15 @@ def main(args: Args) -> dict[str, float]:
     def evaluate(step: int) -> dict[str, float]:
         """Metrics on held-out prompts: at temperature 1, always with the same random numbers, and greedy."""
         values, text = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
-        chunk = B // max(G, args.eval_generations) // world_size * world_size or world_size  # prompts at a time
-        for start in range(0, len(held_out), chunk):
+        at_once = max(1, B // max(G, args.eval_generations) // world_size) * world_size  # prompts, as in a rollout
+        for start in range(0, len(held_out), at_once):
             for k, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
-                samples, logprobs, mask = rollout(held_out[start : start + chunk], k, temperature, args.seed + start)
+                samples, logprobs, mask = rollout(held_out[start : start + at_once], k, temperature, args.seed, start)
                 rewards, by_name = score_completions(samples, reward_model)  # (P*k,) each
                 rewards = by_name.get("reward_model", rewards)  # with a reward model, functions are only logged
                 figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
                 if temperature:
-                    kl = logprobs.sum(1)  # (P*k,): log(pi / pi_ref) of completions
+                    kl = logprobs.sum(1)  # (P*k,): log pi; log pi_ref is subtracted below
                     for mb, *inputs in pack(model, samples, k, args.max_tokens_per_microbatch):
                         with torch.no_grad(), autocast:
                             kl[mb] -= completion_logprobs(ref_model, *inputs, 1.0).sum(1)
@@ -767,24 +768,26 @@ def main(args: Args) -> dict[str, float]:
                 break
             kl_before = float(stats["policy/approxkl_avg"])
             # Each minibatch takes one random prompt from every M consecutive ones: equal sizes in every process.
-            order_within = torch.rand(B // G // M, M, generator=shuffler).argsort(1)  # (B/G/M, M)
-            shuffled = M * torch.arange(B // G // M)[:, None] + order_within  # (B/G/M, M): prompts
-            own = shuffled.chunk(world_size)[rank] - rank * B // G // world_size  # (P/M, M), this process's, from 0
+            within = torch.rand(B // G // M, M, generator=shuffler).argsort(1)  # (B/G/M, M)
+            shuffled = M * torch.arange(B // G // M)[:, None] + within  # (B/G/M, M): prompts
+            own = shuffled.chunk(world_size)[rank] - rank * (B // G // world_size)  # (P/M, M): this process's, from 0
             for minibatch, prompts in enumerate(own.T):
                 chosen = (G * prompts[:, None] + torch.arange(G)).flatten()  # (P/M*G,)
                 minibatch_tokens = total(mask[chosen])
                 for mb, *inputs in pack(model, [samples[i] for i in chosen], G, args.max_tokens_per_microbatch):
                     with autocast:
                         logprobs = completion_logprobs(model, *inputs, args.temperature)  # (b, T)
-                    mb, T = chosen[mb], logprobs.shape[1]
-                    fixed = {name: x[mb, :T] for name, x in columns.items()} | limits | {"num_tokens": minibatch_tokens}
+                    rows, T = chosen[mb], logprobs.shape[1]
+                    fixed = {name: x[rows, :T] for name, x in columns.items()} | limits
+                    fixed["num_tokens"] = minibatch_tokens
                     if epoch == minibatch == 0:
                         gap = (logprobs.detach() - fixed["old_logprobs"]).abs()  # (b, T)
-                        difference[mb, :T] = torch.where(fixed["mask"], gap, math.nan)
-                    # old_logprobs are the sampler's. Recomputed here they would be wrong for M > 1, as the policy has
-                    # moved since the rollout. The sampler's rounding is small beside epsilon, even in bf16.
+                        difference[rows, :T] = torch.where(fixed["mask"], gap, math.nan)
+                    # Unlike GRPO's, old_logprobs are the sampler's. Recomputed here they would be wrong for M > 1: the
+                    # policy has moved since the rollout. The sampler's rounding is small beside epsilon, even in bf16.
+                    # Two backward passes, so that only one network's graph is in memory.
                     policy_loss, _ = ppo_loss(logprobs, values=fixed["old_values"], **fixed)  # value term constant
-                    policy_loss.backward()  # frees the policy's graph before the value network builds its own
+                    policy_loss.backward()
                     with autocast:
                         values = completion_values(value_model, value_head, *inputs)  # (b, T)
                     loss, mb_stats = ppo_loss(logprobs.detach(), values=values, **fixed)  # policy term constant
@@ -813,9 +816,8 @@ def main(args: Args) -> dict[str, float]:
             "difference_max": difference.nan_to_num(0.0).amax(1),
         }, device)  # (B,) each
         score, kl = figures["score"].mean(), figures["kl"].mean()
-        unexplained, variance = (
-            total((x - total(x) / num_tokens).square() * mask) for x in (advantages, returns)
-        )  # sums of squares; advantages = returns - old_values
+        # Sums of squares about the mean. advantages = returns - old_values is what the values leave unexplained.
+        unexplained, variance = (total((x - total(x) / num_tokens).square() * mask) for x in (advantages, returns))
         progress["num_tokens"] += int(num_tokens + figures["prompt_length"].sum())
         progress["step"] = step + 1
         logs = {name: x.sum() / num_passes for name, x in gather(stats, device).items()}
@@ -834,7 +836,7 @@ def main(args: Args) -> dict[str, float]:
             "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
         }
         if step == 0 and logs["train/sampling/sampling_logp_difference/mean"] > (0.05 if args.bf16 else 1e-3):
-            raise ValueError(f"{type(model).__name__} is not supported: sampler and loss give different logprobs")
+            raise ValueError(f"{type(model).__name__} is not supported: it may scale or cap the logits of its head")
         bar.set_postfix_str(f"score {score:.2f}, KL {kl:.2f}, length {num_tokens / B:.1f}")
         if rank == 0:
             for name, x in logs.items():

@@ -23,7 +23,8 @@ over a sample of training answers (`reward_mean`, `reward_std`), by which the po
     torchrun --nproc-per-node=8 reward_model.py ... # several GPUs: the same global batch, split by rankings
     python reward_model.py --resume runs/<run folder> # continue exactly from the last checkpoint
 
-Shapes: R rankings of K answers (2 in a pair), B = R K answers, N tokens or pairs, rows of L tokens, H hidden size.
+Shapes: R rankings of K answers (2 in a pair), B = R K answers; in main, B rankings per update. N tokens or pairs, rows
+of L tokens, H hidden size.
 
 Deliberately not here: process rewards, several heads, generative judges, LoRA, sharded weights. See TRL.
 """
@@ -76,7 +77,7 @@ class Args:
     dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. If "test" is missing: a tenth of the prompts
+    dataset_test_split: str = "test"  # split to evaluate on. No "test": holds out a tenth of the prompts
     max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
     bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
     gradient_checkpointing: bool = False  # recompute activations to save memory
@@ -95,7 +96,7 @@ class Args:
     train_batch_size: int = 64  # rankings per optimizer step, over all processes
     max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
     ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # loss for rankings of three or more answers
-    center_rewards_coefficient: float = 0.0  # weight of a centering penalty: (sum of a ranking's rewards)^2 (TRL: 0.01)
+    center_rewards_coefficient: float = 0.0  # weight of a centering penalty: (sum of a ranking's rewards)^2, e.g. 0.01
 
 
 def bradley_terry_loss(
@@ -145,7 +146,7 @@ def addition_rows() -> tuple[list[dict], list[dict]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     random.Random(0).shuffle(pairs)
     rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
-    return sum(rows[262:], []), sum(rows[:262], [])
+    return sum(rows[262:], []), sum(rows[:262], [])  # 262 unordered pairs are 520 sums
 
 
 def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, ...] = (-10, -1, 1, 10)) -> list[dict]:
@@ -168,7 +169,7 @@ def demonstrate(row: dict, rng: random.Random) -> str:
     return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
 
 
-def write_embedded_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
+def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
     """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
     characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
@@ -209,7 +210,7 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
 
 
 def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
-    """Turns of a text like Anthropic/hh-rlhf's. With its markers (`\\n\\nHuman:`) kept, the contents add up to it."""
+    """Turns of a text like Anthropic/hh-rlhf's. If the markers (`\\n\\nHuman:`) stay, the contents join to the text."""
     turns = []
     for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
         role = "user" if piece.startswith("\n\nHuman:") else "assistant"
@@ -220,17 +221,17 @@ def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
 
 def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
     """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
-    Without a prompt column, it is their longest common beginning, in turns or, for plain texts, in words. A prompt
-    never ends with an assistant turn, and an answer begins and ends with one."""
+    The prompt is, or is extended by, the answers' longest common beginning, in turns or (without a prompt column, for
+    plain texts) in words. It never ends with an assistant turn. An answer begins and ends with one."""
     prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
-    answers, is_dialogue = answers if isinstance(answers, list) else [None], False
+    answers, is_dialogue = (answers if isinstance(answers, list) else [None]), False
     if all(isinstance(text, str) for text in [prompt or "", *answers]):
         texts = [text if text.startswith("\n\nHuman:") else (prompt or "") + text for text in answers]
         is_dialogue = all(text.startswith("\n\nHuman:") for text in texts)
         if is_dialogue:
             prompt, answers = None, [parse_dialogue(text, keep_markers=not has_template) for text in texts]
         elif prompt is None:
-            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))
+            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))  # whole words
             answers = [text[len(prompt) :] for text in answers]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
@@ -245,8 +246,8 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
             n -= 1
         prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
     if not is_valid or not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
-        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs `chosen` and `rejected`: "
-                         "texts, or lists of {role, content} that share a prompt and end with an assistant turn")
+        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs a prompt and `chosen` and "
+                         "`rejected` (texts, or lists of {role, content}) that begin and end with assistant turns")
     if is_dialogue and not has_template:
         prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
     return prompt, answers
@@ -260,18 +261,19 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_le
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for number, row in enumerate(rows, 1):
         turns, answers = split_row(row, number, has_template=not is_plain)
-        margin, label = (default if row.get(k) is None else row[k] for k, default in (("margin", 0.0), ("label", 1.0)))
+        margin = 0.0 if row.get("margin") is None else row["margin"]
+        label = 1.0 if row.get("label") is None else row["label"]
         is_valid = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (margin, label)) and 0 <= label <= 1
-        if not is_valid or len(answers) < 2 or len(answers) > 2 and (margin, label) != (0, 1):
-            raise ValueError(f"--dataset-name: row {number} needs two or more answers; `margin` ({margin!r}) must be a "
-                             f"number and `label` ({label!r}) in [0, 1], and only pairs may have them")
+        if not is_valid or len(answers) < 2 or (len(answers) > 2 and (margin, label) != (0, 1)):
+            raise ValueError(f"--dataset-name: row {number} needs at least two answers (has {len(answers)}); `margin` "
+                             f"({margin!r}) must be a number, `label` ({label!r}) in [0, 1], and both only with pairs")
         prompt = "\n".join(turn["content"] for turn in turns)
         texts = [prompt + "".join(turn["content"] for turn in answer) for answer in answers]
         if not is_plain:
             texts = tokenizer.apply_chat_template([turns + answer for answer in answers], tokenize=False)
         # Tokenized as in load_reward_model of the policy scripts.
         wholes = tokenizer(texts, add_special_tokens=is_plain, truncation=True, max_length=max_length).input_ids
-        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # prompt, often a bit more
+        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # at least a token is left
         if prompt.strip() and len({*map(tuple, wholes)}) == len(wholes) and not unknown & {*sum(wholes, [])}:
             examples.append({
                 "prompt": prompt, "ids": wholes[0][:common], "answers": [ids[common:] for ids in wholes],
@@ -309,7 +311,7 @@ def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may hold several completions. Sliding windows, ALiBi and linear attention rule out a tree mask."""
+    """Whether a row may be a tree (see completion_states). Not with sliding windows, ALiBi or linear attention."""
     config = model.config.get_text_config()
     unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
@@ -333,7 +335,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
     inputs = {"input_ids": ids, "use_cache": False}
     if K > 1:  # else causal attention suffices: right padding needs no mask
-        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, L, L): from, to
+        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, query, key)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
         inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
@@ -346,7 +348,7 @@ def completion_scores(model: PreTrainedModel, prompts: list[list[int]], completi
     models with a linear head `score` share a prompt: in an encoder, the prompt attends to the completion."""
     device, K = model.device, len(completions) // len(prompts)
     if isinstance(getattr(model, "score", None), nn.Linear):
-        # completion_states feeds all but a completion's last token; the dummy 0 makes that the one left out.
+        # completion_states leaves out a completion's last token: append a dummy 0 for it to leave out.
         states = completion_states(model, prompts, [completion + [0] for completion in completions])  # (N, H)
         last = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) - 1  # (B,)
         with torch.autocast(device.type, enabled=False):  # bf16 scores between 4 and 8 are 1/32 apart
@@ -370,10 +372,10 @@ def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int)
         shapes.append((len(alone), is_shared, shared if is_shared else len(alone) * max(alone)))
     batches, kind = [], None
     for i in sorted(range(len(examples)), key=shapes.__getitem__):  # rows of similar length need little padding
-        *new_kind, size = shapes[i]
-        if new_kind != kind or (len(batches[-1][0]) + 1) * size > max_tokens:
+        K, is_shared, size = shapes[i]
+        if kind != (K, is_shared) or (len(batches[-1][0]) + 1) * size > max_tokens:
             batches.append(([], [], []))
-        kind, (K, is_shared) = new_kind, new_kind
+        kind = K, is_shared
         indices, prompts, completions = batches[-1]
         indices.append(i)
         prompts += [examples[i]["ids"]] * (1 if is_shared else K)
@@ -383,7 +385,8 @@ def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int)
 
 def global_means(values: dict[str, list[Tensor]]) -> dict[str, float]:
     """Mean of each name's values, given as a list of 1-D tensors, over all processes."""
-    table = torch.stack([torch.stack([x.sum(), torch.ones_like(x).sum()]) for x in map(torch.cat, values.values())])
+    columns = [torch.cat(x) for x in values.values()]
+    table = torch.stack([torch.stack([x.sum(), x.new_tensor(len(x))]) for x in columns])
     if dist.is_initialized():
         dist.all_reduce(table)  # (names, 2)
     return dict(zip(values, (table[:, 0] / table[:, 1]).tolist()))
@@ -398,9 +401,9 @@ def main(args: Args) -> dict[str, float]:
         if not (run_dir / "checkpoint.pt").is_file():
             raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
         saved = json.loads((run_dir / "args.json").read_text())
-        changed = [f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k)]
+        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} continues a run of {saved['script']} with its flags, not {changed}")
+            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -429,16 +432,16 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         print(run_dir)
         if not args.model_name_or_path and not args.resume:
-            write_embedded_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
+            write_tiny_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
     if world_size > 1:
         dist.barrier()
     torch.manual_seed(args.seed)  # for the new head
     model, tokenizer = load_classifier(initial, "--model-name-or-path")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     max_length = min(args.max_length, context, tokenizer.model_max_length)
-    splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 6, 0, (-1, 1)) for rows in addition_rows()]
+    splits = load_rows(args) if args.dataset_name else [addition_pairs(x, 6, 0, (-1, 1)) for x in addition_rows()]
     train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
-    if not held_out:  # a tenth of the prompts, the rarest, with all their rows
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
@@ -465,7 +468,7 @@ def main(args: Args) -> dict[str, float]:
             (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
-    def forward(examples: list[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def scored_batches(examples: list[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield, per micro-batch, scores (R, K) with gradients, margin (R,), label (R,) and characters (R, K)."""
         for mb, *inputs in pack_rankings(model, examples, args.max_tokens_per_microbatch):
             with autocast:
@@ -476,9 +479,9 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         """Metrics over all pairs of the held-out rankings. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
-        values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums of confidence, accuracy and 1
+        values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums and counts
         model.eval()
-        for scores, margin, label, characters in forward(held_out[rank::world_size]):
+        for scores, margin, label, characters in scored_batches(held_out[rank::world_size]):
             _, stats = preference_loss(scores, margin, label, *loss_flags)
             _, length_stats = preference_loss(characters, margin, label, *loss_flags)  # as if length were the score
             stats["accuracy_longer"] = length_stats["accuracy"]
@@ -494,7 +497,8 @@ def main(args: Args) -> dict[str, float]:
         if rank == 0:
             figure = Figure(figsize=(4, 4), layout="constrained")
             axes = figure.add_subplot(xlabel="confidence of the model", ylabel="share of pairs ranked right")
-            axes.plot([0.5, 1], [0.5, 1], "--", *(bins[:, :2] / bins[:, 2:]).T.tolist(), "o")  # empty bins are nan
+            confidence, accuracy = (bins[:, :2] / bins[:, 2:]).T.tolist()  # empty bins are nan
+            axes.plot([0.5, 1], [0.5, 1], "--", confidence, accuracy, "o")
             writer.add_figure("calibration", figure, step)
             for name, x in results.items():
                 writer.add_scalar(name, x, step)
@@ -510,7 +514,7 @@ def main(args: Args) -> dict[str, float]:
         step_start, batch = time.time(), order[step * B : (step + 1) * B]  # the order needs no checkpoint
         values = defaultdict(list)
         model.train()
-        for scores, margin, label, _ in forward(batch[rank * B // world_size : (rank + 1) * B // world_size]):
+        for scores, margin, label, _ in scored_batches(batch[rank * B // world_size : (rank + 1) * B // world_size]):
             loss, stats = preference_loss(scores, margin, label, *loss_flags)
             (loss * len(scores) / B).backward()  # micro-batches add up to the mean over the batch
             for name, x in stats.items():
@@ -540,8 +544,8 @@ def main(args: Args) -> dict[str, float]:
             evaluate(step + 1)
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
             model.eval()
-            with torch.no_grad():  # a random sample of --max-eval-samples training rankings
-                measured = forward(order[: min(args.max_eval_samples, len(train))])
+            with torch.no_grad():  # for reward_mean and reward_std: a random sample of training rankings
+                measured = scored_batches(order[: min(args.max_eval_samples, len(train))])
                 rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (answers,)
             model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()
             writer.flush()

@@ -137,7 +137,7 @@ def main() -> None:
         script, args = Path(saved["script"]).stem, saved["args"]
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
         events.Reload()
-        task = (args["env_id"] or "lecture") if "env_id" in args else Path(args["dataset_name"] or "addition").stem
+        task = (args["env_id"] or "cat-grid") if "env_id" in args else Path(args["dataset_name"] or "addition").stem
         if args.get("reward_model_path"):
             task += " with a reward model"
         if args["exp_name"] != script:

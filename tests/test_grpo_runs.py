@@ -243,7 +243,7 @@ def test_held_out_sums_are_the_same_for_every_seed_and_never_demonstrated(run, m
 def test_the_supervised_model_learns_the_demonstrations_with_their_end_and_not_the_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_llm, "demonstrate", lambda row, rng: rng.choice(("7", "88")))
     train, held_out = grpo_llm.addition_rows()
-    grpo_llm.write_embedded_model(str(tmp_path), train, 60, 1, torch.device("cpu"))
+    grpo_llm.write_tiny_model(str(tmp_path), train, 60, 1, torch.device("cpu"))
     model, tokenizer = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     (seven, eight), eos = tokenizer("78").input_ids, model.generation_config.eos_token_id
     ids, short = (torch.tensor(tokenizer([r["prompt"] + x for r in held_out[:50]]).input_ids) for x in ("88", "7"))

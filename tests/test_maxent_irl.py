@@ -325,13 +325,13 @@ def write_demos(path, env_id, act, episodes=5, horizon=30):
     return str(path)
 
 
-def test_the_default_run_recovers_the_lectures_grid(tmp_path, capsys):
+def test_the_default_run_recovers_the_cats_grid(tmp_path, capsys):
     args = Args(output_dir=str(tmp_path), transfer='{"slip": 0.2}', num_trajectories=256, max_steps=150)
     metrics, folder = main(args), run_folder(args)
     assert capsys.readouterr().out.splitlines()[-1] == str(folder)
     assert json.loads((folder / "summary.json").read_text()) == metrics
     margin = metrics["eval/expert_return"] - metrics["eval/random_return"]
-    for name, tolerance in {"exact/expected": 1e-3, "exact/optimal": 1e-3, "sampled/expected": 0.02}.items():
+    for name, tolerance in {"exact/expected": 1e-3, "exact/greedy": 1e-3, "sampled/expected": 0.02}.items():
         assert abs(metrics[f"eval/{name}_value_difference"]) < tolerance * margin
     assert metrics["eval/exact/occupancy_gap"] < 1e-3 and metrics["eval/causal_gap"] < 1e-8
     for name in ("expected_value_difference", "expert_return", "random_return", "return", "normalized_score"):
