@@ -824,7 +824,7 @@ def main(args: Args) -> dict[str, float]:
             metrics |= {f"transfer/{name}/{key}": x for key, x in results.items()}
         panels = {
             "true reward": table["reward"].flatten() @ on_arrival, "expert's visits": expert_visits.sum(1),
-            f"learned reward ({name})": learned.flatten() @ on_arrival,
+            f"learned reward ({name}), up to shaping": learned.flatten() @ on_arrival,
             "learner's visits": causal_visits(learned, table, args.gamma, H).sum(1),
         }  # (S,) each
         figure = Figure(figsize=(12.8, 3.2), layout="constrained")
@@ -832,7 +832,7 @@ def main(args: Args) -> dict[str, float]:
             axes.set(title=title, xticks=[], yticks=[])
             figure.colorbar(axes.imshow(x.view(table["shape"]).numpy()), ax=axes, shrink=0.7)
             for s, cell in enumerate(CAT_GRID if args.env_id is None else ""):
-                axes.text(s % 4, s // 4, CAT_CELLS[cell][0], ha="center", va="center", color="red", weight="bold")
+                axes.text(s % 4, s // 4, CAT_CELLS[cell][0], ha="center", va="center", size=8, backgroundcolor="white")
         writer.add_figure(f"maps/{name}", figure, progress["env_steps"])
     for name, results in found.items():  # unprefixed keys belong to the last estimator
         metrics |= {f"eval/{key}": x for key, x in results.items()}

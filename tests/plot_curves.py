@@ -3,7 +3,8 @@
     for seed in 201 202 203; do python dpo.py --seed $seed; done
     python tests/plot_curves.py runs/* [--output tests/curves]
 
-The picture of grpo_llm.py's default shows means and ranges over the seeds, and what the model wrote before and after.
+The picture of grpo_llm.py's default shows means and ranges over the seeds in the first 60 steps, and what the model
+wrote before and after. In the others, seeds have different line styles, or, where flags differ, settings have.
 Curves that a run lacks (it was killed, or it has no such reward) are left out, and so are folders that are not runs.
 Tables: the picture is the last map that maxent_irl.py drew.
 """
@@ -19,37 +20,35 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 COLORS = {"grpo_llm": "C0", "ppo_llm": "C1", "dpo": "C2", "reward_model": "C3", "maxent_irl": "C4", "gail": "C5"}
 STYLES = "-", "--", ":", "-."  # of seeds
-REWARD = {"eval/reward": "reward, sampled, held-out", "eval/kl": "KL to the initial model, nats"}
 CURVES = {  # tags of a script's picture, and what their axes say
     "grpo_llm": {
-        "eval/accuracy": "right answers, sampled, held-out", "eval/accuracy_greedy": "right answers, greedy, held-out",
-        **REWARD,
+        "eval/accuracy": "correct, sampled, held-out", "eval/accuracy_greedy": "correct, greedy, held-out",
+        "eval/reward": "reward, sampled, held-out", "eval/kl": "KL to the initial model, nats",
     },
     "ppo_llm": {
-        "eval/accuracy": "right answers, sampled, held-out",
-        "train/rewards/format_reward/mean": "share that shows its work, sampled", **REWARD,
+        "eval/accuracy": "correct, sampled, held-out", "eval/accuracy_greedy": "correct, greedy, held-out",
+        "eval/reward": "learned reward, sampled, held-out", "eval/kl": "KL to the initial model, nats",
     },
     "dpo": {
-        "eval/accuracy": "right answers, sampled, held-out",
-        "eval/rewards/accuracies": "pairs in the right order, held-out",
-        "eval/logps/chosen": "log-probability of chosen answers, nats",
+        "eval/accuracy": "correct, sampled, held-out", "eval/rewards/accuracies": "pairs in the right order, held-out",
+        "eval/logps/chosen": "log p(chosen answers), nats",
     },
     "reward_model": {
         "eval/accuracy": "pairs in the right order, held-out", "eval/calibration_error": "calibration error, held-out",
-        "train/loss": "loss, nats",
+        "eval/loss": "loss, held-out, nats",
     },
     "maxent_irl": {
-        "charts/episodic_return": "true return of an episode", "train/effective_sample_size": "effective sample size",
-        "train/loss": "learned reward: policy's minus expert's",
+        "charts/episodic_return": "true return of an episode", "train/entropy": "entropy of the policy, nats",
+        "train/effective_sample_share": "effective share of the samples",
     },
     "gail": {
-        "eval/return": "true return, actions not sampled", "charts/episodic_return": "true return, actions sampled",
-        "train/reward": "learned reward per step",
+        "eval/return": "true return, greedy", "charts/episodic_return": "true return, sampled",
+        "losses/discriminator_loss": "loss of D, nats (1.39: it can't tell)",
     },
 }  # fmt: skip
 STORY = {
-    "eval/accuracy": "right, sampled (pass@1)", "eval/pass@8": "right, at least 1 of 8 samples",
-    "eval/accuracy_greedy": "right, greedy", "eval/format_greedy": "shows its work, greedy",
+    "eval/accuracy": "correct, sampled (pass@1)", "eval/pass@8": "correct, at least 1 of 8 samples",
+    "eval/accuracy_greedy": "correct, greedy", "eval/format_greedy": "shows its work, greedy",
 }  # fmt: skip
 Run = tuple[dict, EventAccumulator]
 
@@ -66,12 +65,12 @@ def finish(axes: Axes, x: str, y: str) -> None:
 
 
 def draw_story(runs: list[Run]) -> Figure:
-    """The default task of grpo_llm.py, told by held-out metrics and by two of the held-out prompts."""
+    """The default task of grpo_llm.py, told by held-out metrics and by samples for three held-out prompts."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes, page = figure.subplots(1, 2, width_ratios=(3, 2))
     for tag, label in STORY.items():
         curves = [curve for _, events in runs if (curve := points(events, tag))]
-        steps = sorted(set.intersection(*map(set, curves)))
+        steps = sorted(step for step in set.intersection(*map(set, curves)) if step <= 60)  # little happens later
         values = [[curve[step] for curve in curves] for step in steps]
         axes.plot(steps, [sum(row) / len(row) for row in values], label=label, marker=".")
         axes.fill_between(steps, [min(row) for row in values], [max(row) for row in values], alpha=0.2)
@@ -83,16 +82,19 @@ def draw_story(runs: list[Run]) -> Figure:
     for (prompt, old, old_reward), (_, new, new_reward) in zip(before, after):
         a, b = map(int, prompt.strip("=").split("+"))
         if a < b and float(new_reward) > float(old_reward) and old == str(a + b - 10):  # the carry was forgotten
-            lines.append(f"{prompt}\n    before   {old}\n    after    {new}\n")
-    page.text(0, 0.95, "\n".join(lines[:3]), family="monospace", fontsize=13, va="top")
+            lines.append(f"{prompt}\n  before RL   {old}\n  after RL    {new}\n")
+    text = "Sampled answers\n\n" + "\n".join(lines[:3]) + "\n(-N: the units add up to N)"
+    page.text(0, 1, text, family="monospace", fontsize=12, va="top")
     page.axis("off")
-    figure.suptitle(f"grpo_llm.py on two-digit addition: mean and range of {len(runs)} seeds, and samples")
+    figure.suptitle(f"grpo_llm.py on two-digit addition: mean and range of {len(runs)} seeds")
     return figure
 
 
 def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
     """One panel for each of the script's tags that a run has, one line per run."""
     tags = {tag: y for tag, y in CURVES[script].items() if any(points(events, tag) for _, events in runs)}
+    if all(points(events, "eval/reward") == points(events, "eval/accuracy") for _, events in runs):
+        tags.pop("eval/reward", None)
     if not tags:
         return None
     x = "environment steps" if script in ("maxent_irl", "gail") else "step"
@@ -104,17 +106,17 @@ def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
         for i, (args, events) in enumerate(runs):
             if curve := points(events, tag):
                 values = tuple(str(args.get(k)) for k in changed)
-                label = ", ".join([f"seed {args['seed']}", *(f"{k} {value}" for k, value in zip(changed, values))])
+                label = ", ".join(f"{k} {x}" for k, x in zip(changed, values)) if changed else f"seed {args['seed']}"
                 style = STYLES[groups.index(values) % 4 if changed else i % 4]
                 axes.plot(*zip(*curve.items()), COLORS[script] + style, linewidth=1, label=label)
         for name, style in (("expert", "-"), ("bc", "--"), ("random", ":")) if tag == "eval/return" else ():
             values = [[*curve.values()][-1] for _, events in runs if (curve := points(events, f"eval/{name}_return"))]
             if values:
                 label = {"bc": "behavior cloning"}.get(name, name)
-                axes.axhline(sum(values) / len(values), color="gray", linewidth=1, linestyle=style, label=label)
+                axes.axhline(sum(values) / len(values), color="black", linewidth=1, linestyle=style, label=label)
         starts = [points(events, tag).get(0) for _, events in runs]
         if script in ("ppo_llm", "dpo") and tag == "eval/accuracy" and None not in starts:
-            axes.axhline(sum(starts) / len(starts), color="gray", linewidth=1, linestyle=":", label="supervised model")
+            axes.axhline(sum(starts) / len(starts), color="black", linewidth=1, linestyle=":", label="supervised model")
         finish(axes, x, y)
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside right upper", fontsize="small")
