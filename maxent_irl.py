@@ -73,7 +73,7 @@ DEFAULTS = {  # what None means in Args: (with a table, in control)
 
 @dataclass
 class Args:
-    """Maximum-entropy inverse RL: recover a reward from demonstrations."""
+    """MaxEnt inverse RL: a reward from demonstrations. table: env.unwrapped.P has the transitions; control: it does not."""
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -83,7 +83,7 @@ class Args:
     resume: str | None = None  # run folder to continue with its own flags; pass no others
 
     # ---- environment and demonstrations
-    env_id: str | None = None  # one with a table, or any with 1-D Box observations (control). None: the cat's grid
+    env_id: str | None = None  # with a table, or with 1-D Box observations (control). None: the cat's grid
     env_kwargs: str = "{}"  # keyword arguments as JSON. The cat's grid takes slip, a probability
     horizon: int | None = None  # H, maximum steps per episode. None: the time limit (the cat's grid: 10)
     demos: str | None = None  # .npz of obs, act, lengths, optionally rew. None: sample a max-ent policy
@@ -93,9 +93,9 @@ class Args:
     transfer: str | None = None  # tables: JSON that overrides --env-kwargs for a second, final evaluation
 
     # ---- maximum-entropy inverse RL. None: the value in parentheses
-    estimator: Literal["exact", "sampled", "both"] | None = None  # which fit (table: both; control: sampled)
+    estimator: Literal["exact", "sampled", "both"] | None = None  # see the top of the file (table: both; control: sampled)
     gamma: float | None = None  # discount of values; in tables, of visits too (table: 1; control: 0.99)
-    reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # (table: next_state)
+    reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # what it reads (table: next_state)
     reward_model: Literal["linear", "neural"] = "neural"  # control only; a table's reward is tabular
     reward_l2: float | None = None  # sampled: weight of episodes' squared rewards (table: 0; control: 0.01)
     learning_rate: float | None = None  # sampled: the reward's Adam, decays to 0 (table: 0.8; control: 1e-3)
