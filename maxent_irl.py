@@ -73,7 +73,7 @@ DEFAULTS = {  # what None means in Args: (with a table, in control)
 
 @dataclass
 class Args:
-    """MaxEnt inverse RL: a reward from demonstrations. table: env.unwrapped.P has the transitions; control: it does not."""
+    """MaxEnt IRL: a reward from demonstrations. Table: env.unwrapped.P has the transitions. Control: all other envs."""
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -93,7 +93,7 @@ class Args:
     transfer: str | None = None  # tables: JSON that overrides --env-kwargs for a second, final evaluation
 
     # ---- maximum-entropy inverse RL. None: the value in parentheses
-    estimator: Literal["exact", "sampled", "both"] | None = None  # see the top of the file (table: both; control: sampled)
+    estimator: Literal["exact", "sampled", "both"] | None = None  # see the file's head (table: both; control: sampled)
     gamma: float | None = None  # discount of values; in tables, of visits too (table: 1; control: 0.99)
     reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # what it reads (table: next_state)
     reward_model: Literal["linear", "neural"] = "neural"  # control only; a table's reward is tabular
