@@ -18,8 +18,8 @@ Rafailov et al. 2023, arXiv:2305.18290, eq. 7; variants: see dpo_loss. The tiny 
     torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
     python dpo.py --resume runs/<run folder>       # continue exactly from the last checkpoint
 
-Shapes: N pairs (or tokens), R pairs in a micro-batch, B = 2 R answers (chosen, rejected, chosen, ...) of T tokens; in
-main, B pairs per update. `logps`: sums over an answer's tokens. `mask`: True for tokens that count, the assistant's.
+Shapes: N pairs (or tokens), R pairs in a micro-batch (rows of L tokens), B = 2 R answers of T tokens; in main, B pairs
+per update. H hidden size, V vocabulary. `logps`: sums over an answer's tokens. `mask`: True where a token counts.
 
 Deliberately not here: online DPO (new samples), KTO (unpaired preferences), LoRA, sharded weights. See TRL.
 """
@@ -233,7 +233,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
             answers = [text[len(prompt) :] for text in answers]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
-    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])
+    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])  # only to check them
     is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
     if is_valid:  # answers may repeat the prompt, even after a system turn
         wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
@@ -262,7 +262,7 @@ def conversation_ids(prompt: list[dict], answer: list[dict], tokenizer: PreTrain
 
 
 def encode_answer(prompt: list[dict], answer: list[dict], number: int, tokenizer: PreTrainedTokenizerFast) -> tuple:
-    """Token ids of an answer, and whether each counts: only assistant turns do, with their end-of-turn tokens."""
+    """Token ids of an answer, and whether each counts: assistant turns do, with their end (the template's, or EOS)."""
     whole, completion, mask = conversation_ids(prompt, [], tokenizer), [], []
     for end, turn in enumerate(answer, 1):
         longer, has_end = conversation_ids(prompt, answer[:end], tokenizer), tokenizer.chat_template is not None
@@ -354,7 +354,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
         row = [(token, t, 0) for t, token in enumerate(prompt)]
         for branch, completion in enumerate(completions[r * K : r * K + K], 1):
             indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
-            predictors += [(r, index) for index in indices[: len(completion)]]
+            predictors += [(r, index) for index in indices[: len(completion)]]  # none if it is empty
             row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
         rows.append(torch.tensor(row))
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each

@@ -408,7 +408,7 @@ def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
 
 def pair_features(obs: Tensor, actions: Tensor, action_space: gymnasium.Space) -> Tensor:
     """State-action pairs (..., O + A) from normalized observations and unit actions. Indices become one-hot vectors.
-    Actions are clipped, as in the environment: values out of range would reveal which pairs are the policy's."""
+    Callers clip Box actions, as environments do: values out of range would reveal which pairs are the policy's."""
     actions = F.one_hot(actions, int(action_space.n)) if isinstance(action_space, Discrete) else actions  # (..., A)
     return torch.cat([obs, actions.float()], -1)
 
@@ -480,7 +480,7 @@ def trpo_expert(
         mask, ends = batch["mask"], (batch["terminated"], batch["truncated"])  # (T, N)
         obs = normalize(batch["obs"], mean_std)  # (T+1, N, O)
         with torch.no_grad():
-            values = value(obs)[..., 0] / (1 - args.gamma)  # (T+1, N)
+            values = value(obs)[..., 0] / (1 - args.gamma)  # (T+1, N): the network learns (1 - gamma) V, a mean reward
         rewards, obs = batch["rewards"], obs[:-1][mask]  # (T, N), (B, O)
         advantages, returns = gae_episodic(rewards, values[:-1], values[1:], *ends, args.gamma, args.gae_lambda)
         trpo_step(

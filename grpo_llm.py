@@ -463,7 +463,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
         row = [(token, t, 0) for t, token in enumerate(prompt)]
         for branch, completion in enumerate(completions[r * K : r * K + K], 1):
             indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
-            predictors += [(r, index) for index in indices[: len(completion)]]
+            predictors += [(r, index) for index in indices[: len(completion)]]  # none if it is empty
             row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
         rows.append(torch.tensor(row))
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
@@ -595,12 +595,12 @@ def main(args: Args) -> dict[str, float]:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     def rollout(examples: list[dict], k: int, temperature: float, seed: int, skip: int = 0) -> tuple:
-        """k samples {..., completion, text} per example of this process's share, and logprobs and mask (P*k, T)."""
+        """k samples {..., completion, text} per own example; logprobs, mask (P*k, T). Skips draws of prompts before."""
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         prompts = {"input_ids": [e["ids"] for e in examples]}
         query = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
-        torch.rand((skip + rank * P) * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # others'
+        torch.rand((skip + rank * P) * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # skipped
         with autocast:
             response, logprobs, mask = sample(
                 model, query.input_ids, query.attention_mask, k, args.max_completion_length,

@@ -11,7 +11,7 @@ from samples of a policy trained alongside the reward by RL on r_psi - log pi (t
 
     max_psi E_demos[r_psi(tau)] - log Z(psi),     gradient = E_demos[grad r_psi] - E_model[grad r_psi]
 
-There are two such models. They coincide if dynamics are deterministic, the start state is fixed, and gamma is 1:
+There are two such models, with s_0 drawn from d. They coincide if dynamics and s_0 are deterministic and gamma is 1:
 
     non-causal  p(tau) ~ d(s_0) prod_t P(s_t+1|s_t,a_t) exp(r(tau)), up to Z. It makes lucky starts and transitions more
                 likely, which no policy can do. Ziebart et al. 2008, AAAI. In code: `log_partition`.
@@ -104,7 +104,7 @@ class Args:
     save_steps: int = 50  # steps between checkpoints
     exact_tolerance: float = 1e-4  # exact: stop once visits match the demonstrations this closely
     exact_steps: int = 50  # exact: maximum number of L-BFGS calls, 20 iterations each
-    soft_q_rate: float = 0.5  # tables: step size of soft Q-learning
+    soft_q_rate: float = 0.5  # tables: step size of soft Q-iteration
     segment_length: int = 10  # control: steps per weighted segment; the horizon makes it whole episodes
 
     # ---- control: actor and critic
@@ -359,7 +359,7 @@ class ActorCritic(nn.Module):
     """The policy in control. For Discrete actions, its outputs are logits (..., A). For a Box, scaled to [-1, 1], they
     are concentrations (..., 2A) of Beta distributions, which have no tails to clip, and are uniform if both are 1."""
 
-    unit = nn.Identity()  # selected actions are those that the environment takes
+    unit = nn.Identity()  # Beta actions are in [-1, 1] already; gail.py's Gaussian ones are clipped here
 
     def __init__(self, num_inputs: int, action_space: gymnasium.Space, hidden_size: int) -> None:
         super().__init__()
@@ -369,7 +369,7 @@ class ActorCritic(nn.Module):
         self.critic = mlp(num_inputs, 1, hidden_size, 1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.actor(obs) if self.discrete else self.actor(obs).clamp(-1, 6).exp()  # U-shaped to std 0.035
+        return self.actor(obs) if self.discrete else self.actor(obs).clamp(-1, 6).exp()  # 0.4 (U) to 403 (std 0.035)
 
     def select(self, outputs: Tensor, mode: str, generator: torch.Generator | None) -> Tensor:
         """Actions, indices (N,) or numbers (N, A). mode: "sample" from the policy, or "uniform"."""
@@ -488,7 +488,7 @@ def observation_mean_std(expert_obs: Tensor, uniform_obs: Tensor) -> Tensor:
 
 def pair_features(obs: Tensor, actions: Tensor, action_space: gymnasium.Space) -> Tensor:
     """State-action pairs (..., O + A) from normalized observations and unit actions. Indices become one-hot vectors.
-    Actions are clipped, as in the environment: values out of range would reveal which pairs are the policy's."""
+    Callers clip Box actions, as environments do: values out of range would reveal which pairs are the policy's."""
     actions = F.one_hot(actions, int(action_space.n)) if isinstance(action_space, Discrete) else actions  # (..., A)
     return torch.cat([obs, actions.float()], -1)
 
@@ -714,7 +714,7 @@ def main(args: Args) -> dict[str, float]:
         modules = {"sampled": network.to(device)}
     reward = modules[estimators[-1]]
     optimizer = torch.optim.Adam(reward.parameters(), lr=args.learning_rate)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_learning_rate, eps=1e-5)  # control
     state = {"policy": policy, "optimizer": optimizer, "policy_optimizer": policy_optimizer, **modules}
     if checkpoint:
         for name, part in state.items():
@@ -743,7 +743,7 @@ def main(args: Args) -> dict[str, float]:
         # ---- importance weights: targets are in the module docstring
         rewards = reward(pairs[..., :width])[..., 0]  # (T, N)
         returns = rewards * (discount ** torch.arange(T, device=device))[:, None]  # (T, N)
-        scores, length = returns.detach(), T
+        scores, length = returns.detach(), T  # per step: log w + log pi. A table's segment is the whole trajectory
         if table is None:
             with torch.no_grad():
                 values = policy.critic(obs)[..., 0]  # (T+1, N)
@@ -756,11 +756,11 @@ def main(args: Args) -> dict[str, float]:
         scores, logprobs, returns = (x[valid > 0] for x in (scores, logprobs, returns))  # (M,)
         weights = importance_weights(scores, logprobs)  # (M,)
 
-        # ---- reward: a gradient step up E_demos[r] - log Z, both per trajectory
+        # ---- reward: a gradient step up E_demos[r] - log Z, per trajectory (M / N segments; weights sum to 1)
         expert_rewards = reward(expert_pairs[..., :width])[..., 0]  # (n,)
         expert_reward = (expert_weights * expert_rewards).sum()
         penalty = (expert_weights * expert_rewards.square()).sum() + rewards[mask].square().sum() / N
-        loss = (weights * returns).sum() * len(weights) / N - expert_reward + args.reward_l2 * penalty  # per episode
+        loss = (weights * returns).sum() * len(weights) / N - expert_reward + args.reward_l2 * penalty
         decay = 1 - step / max_steps  # of both learning rates
         optimizer.param_groups[0]["lr"] = decay * args.learning_rate
         policy_optimizer.param_groups[0]["lr"] = decay * args.policy_learning_rate
@@ -823,9 +823,9 @@ def main(args: Args) -> dict[str, float]:
             results["old_policy_return"] = (visits * other["reward"]).sum().item()
             metrics |= {f"transfer/{name}/{key}": x for key, x in results.items()}
         panels = {
-            "true reward": table["reward"].flatten() @ on_arrival, "expert's visits": expert_visits.sum(1),
+            "true reward": table["reward"].flatten() @ on_arrival, "expert's steps per state": expert_visits.sum(1),
             f"learned reward ({name}), up to shaping": learned.flatten() @ on_arrival,
-            "learner's visits": causal_visits(learned, table, args.gamma, H).sum(1),
+            "learner's steps per state": causal_visits(learned, table, args.gamma, H).sum(1),
         }  # (S,) each
         figure = Figure(figsize=(12.8, 3.2), layout="constrained")
         for axes, (title, x) in zip(figure.subplots(1, 4), panels.items()):

@@ -235,7 +235,7 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
             answers = [text[len(prompt) :] for text in answers]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
-    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])
+    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])  # only to check them
     is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
     if is_valid:  # answers may repeat the prompt, even after a system turn
         wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
@@ -254,8 +254,8 @@ def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], l
 
 
 def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length: float) -> list[dict]:
-    """Examples {prompt, ids, answers, margin, label, characters} of rows. Leaves out rankings with an empty prompt,
-    unknown characters, or answers that are equal once truncated to max_length tokens."""
+    """Examples {prompt, ids, answers, ...}: ids are the texts' common start, answers the rest. Left out: empty prompts,
+    unknown characters, and answers that are equal once truncated to max_length tokens."""
     examples, is_plain = [], tokenizer.chat_template is None
     tokenizer.truncation_side = "right"
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
@@ -329,7 +329,7 @@ def completion_states(model: PreTrainedModel, prompts: list, completions: list) 
         row = [(token, t, 0) for t, token in enumerate(prompt)]
         for branch, completion in enumerate(completions[r * K : r * K + K], 1):
             indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
-            predictors += [(r, index) for index in indices[: len(completion)]]
+            predictors += [(r, index) for index in indices[: len(completion)]]  # none if it is empty
             row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
         rows.append(torch.tensor(row))
     ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
@@ -479,7 +479,7 @@ def main(args: Args) -> dict[str, float]:
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         """Metrics over all pairs of the held-out rankings. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
-        values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums and counts
+        values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums of confidence and accuracy; counts
         model.eval()
         for scores, margin, label, characters in scored_batches(held_out[rank::world_size]):
             _, stats = preference_loss(scores, margin, label, *loss_flags)

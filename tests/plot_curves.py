@@ -108,7 +108,8 @@ def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
                 values = tuple(str(args.get(k)) for k in changed)
                 label = ", ".join(f"{k} {x}" for k, x in zip(changed, values)) if changed else f"seed {args['seed']}"
                 style = STYLES[groups.index(values) % 4 if changed else i % 4]
-                axes.plot(*zip(*curve.items()), COLORS[script] + style, linewidth=1, label=label)
+                shade = 1 - 0.3 * (i % 3)
+                axes.plot(*zip(*curve.items()), COLORS[script] + style, linewidth=1, alpha=shade, label=label)
         for name, style in (("expert", "-"), ("bc", "--"), ("random", ":")) if tag == "eval/return" else ():
             values = [[*curve.values()][-1] for _, events in runs if (curve := points(events, f"eval/{name}_return"))]
             if values:
