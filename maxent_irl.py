@@ -606,7 +606,7 @@ def main(args: Args) -> dict[str, float]:
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
+            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
@@ -614,13 +614,12 @@ def main(args: Args) -> dict[str, float]:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
-    device = torch.device("cpu")
     try:
-        env_kwargs = json.loads(args.env_kwargs)
+        env_kwargs, device = json.loads(args.env_kwargs), torch.device("cpu")
         table, limit = load_table(args.env_id, env_kwargs)
         other, _ = load_table(args.env_id, env_kwargs | json.loads(args.transfer)) if args.transfer else (None, None)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--env-kwargs and --transfer must be JSON objects of keyword arguments: {error}") from None
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"--env-id, --env-kwargs or --transfer (JSON objects of keyword arguments): {error}") from None
     args = replace(args, **{k: pair[table is None] for k, pair in DEFAULTS.items() if getattr(args, k) is None})
     H = limit if args.horizon is None else args.horizon
     if H is None:
@@ -638,17 +637,18 @@ def main(args: Args) -> dict[str, float]:
         eval_envs = make(args.eval_episodes)
         observation_space, action_space = eval_envs.single_observation_space, eval_envs.single_action_space
         box_obs, box_act = (isinstance(x, Box) and len(x.shape) == 1 for x in (observation_space, action_space))
-        is_discrete = isinstance(action_space, Discrete) and action_space.start == 0
-        if not (box_obs and (is_discrete or box_act and action_space.is_bounded() and action_space.dtype.kind == "f")):
-            raise ValueError(f"--env-id has observations {observation_space} and actions {action_space}; supported are "
-                             "tables, and 1-D Box observations with Discrete actions from 0 or a bounded 1-D Box")
+        usable = isinstance(action_space, Discrete) and action_space.start == 0
+        if box_act and action_space.is_bounded() and action_space.dtype.kind == "f":
+            usable = (action_space.low < action_space.high).all()
+        if not (box_obs and usable):
+            raise ValueError(f"--env-id has {observation_space}, {action_space}: needs 1-D Box; Discrete or bounded Box")
         O = observation_space.shape[0]
         make_policy = partial(ActorCritic, O, action_space, args.hidden_size)
         mean_std = torch.stack([torch.zeros(O), torch.ones(O)]).to(device)  # (2, O)
     estimators = ("exact", "sampled") if args.estimator == "both" else (args.estimator,)
     max_steps, N = args.max_steps if "sampled" in estimators else 0, args.num_trajectories
     envs, first_seed = make(N), args.seed * 10**9
-    if args.transfer is not None and other["reward"].shape != (S, A):
+    if other is not None and other["reward"].shape != (S, A):
         raise ValueError(f"--transfer: its table has shape {tuple(other['reward'].shape)}, not {S, A}")
     demos = None if args.demos is None else load_demos(args.demos, args.num_demos, observation_space, action_space)
     if demos is not None and demos[2].max() > H:
@@ -795,7 +795,7 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix_str(f"return {logs['charts/episodic_return']:.2f}, effective samples {size:.1f}")
 
     # ---- evaluate
-    found, saved, metrics = {}, {"reward": {}, "policy": {}}, {"seed": args.seed, "env_steps": progress["env_steps"]}
+    found, tensors, metrics = {}, {"reward": {}, "policy": {}}, {"seed": args.seed, "env_steps": progress["env_steps"]}
     if table is None:
         batch = rollout(eval_envs, policy, mean_std, H, first_seed + EVAL_SEEDS, "sample", one_episode=True)
         value = (batch["rewards"] * batch["mask"]).sum().item() / args.eval_episodes
@@ -803,7 +803,7 @@ def main(args: Args) -> dict[str, float]:
         found["sampled"] = {"expert_return": expert_return, "random_return": random_return, "return": value}
         found["sampled"] |= {"expected_value_difference": expert_return - value, "normalized_score": score}
         normalizer = {"observation_mean": mean_std[0], "observation_std": mean_std[1]}
-        saved = {"reward": reward.state_dict() | normalizer, "policy": policy.state_dict() | normalizer}
+        tensors = {"reward": reward.state_dict() | normalizer, "policy": policy.state_dict() | normalizer}
     else:
         leaf = true_reward.clone().requires_grad_()  # how far apart the two models' visits are
         log_partition(leaf, table["transition"], table["initial"], H, args.gamma, table["ended"]).backward()
@@ -814,13 +814,13 @@ def main(args: Args) -> dict[str, float]:
         learned = module.table(table["arrival"]).detach()  # (S, A)
         found[name] = evaluate_table(learned, table, expert_visits, args.gamma, H)
         best, _ = soft_value_iteration(learned, table["transition"], args.gamma, H, table["ended"])  # (H, S, A)
-        saved["reward"] |= {name: learned, f"{name}_entries": (module.weight * module.scale).detach()}
-        saved["policy"][name] = best  # the soft-optimal policy of the reward, not the sampler's
-        if args.transfer is not None:  # same reward entries, new dynamics; the old policy for comparison
+        tensors["reward"] |= {name: learned, f"{name}_entries": (module.weight * module.scale).detach()}
+        tensors["policy"][name] = best  # the soft-optimal policy of the reward, not the sampler's
+        if other is not None:  # same reward entries, new dynamics; the old policy for comparison
             visits = causal_visits(args.reward_scale * other["reward"], other, args.gamma, H)  # (S, A)
             results = evaluate_table(module.table(other["arrival"]).detach(), other, visits, args.gamma, H)
-            visits = occupancy(best, other["transition"], other["initial"], args.gamma)
-            results["old_policy_return"] = (visits * other["reward"]).sum().item()
+            old_visits = occupancy(best, other["transition"], other["initial"], args.gamma)
+            results["old_policy_return"] = (old_visits * other["reward"]).sum().item()
             metrics |= {f"transfer/{name}/{key}": x for key, x in results.items()}
         panels = {
             "true reward": table["reward"].flatten() @ on_arrival, "expert's steps per state": expert_visits.sum(1),
@@ -837,8 +837,8 @@ def main(args: Args) -> dict[str, float]:
     for name, results in found.items():  # unprefixed keys belong to the last estimator
         metrics |= {f"eval/{key}": x for key, x in results.items()}
         metrics |= {f"eval/{name}/{key}": x for key, x in results.items() if len(found) > 1}
-    for name, tensors in saved.items():
-        save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, run_dir / f"{name}.safetensors")
+    for name, part in tensors.items():
+        save_file({key: x.cpu().contiguous() for key, x in part.items()}, run_dir / f"{name}.safetensors")
     for name, x in metrics.items():
         print(f"{name}: {x:.4g}".replace("nan", "unknown"))
         if name.startswith("eval/"):

@@ -187,7 +187,7 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
 
 # ---- Rewards: edit these. Each returns a number, or None where it does not apply.
 NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"  # 7, -3, 1,200.5, .5
-MARKED = re.compile(r"####(?![#\s*]*[A-Za-z])\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # #### 12
+MARKED = re.compile(r"####(?![#\s*]*(?:[^\W\d_]|\d+[.)] +\S))\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # #### 12
 SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)  # 7+5=12, so #### 12
 
 
@@ -314,7 +314,7 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length
         turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
         turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
         if not all(isinstance(x, dict) and "role" in x and isinstance(x.get("content"), str) for x in turns):
-            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} has no `prompt`: text or turns")
+            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs a `prompt`: text or turns")
         if turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]  # `messages` may include the answer
         prompt = "\n".join(turn["content"] for turn in turns)
@@ -596,11 +596,11 @@ def main(args: Args) -> dict[str, float]:
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir}: run {saved['script']} without other flags {changed}")
+            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        if (type(value) is int or name == "temperature") and value <= 0 and name not in ("seed", "warmup_steps"):
+        if (type(value) is int or name == "temperature") and not value > 0 and name not in ("seed", "warmup_steps"):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     B, G, M = args.generation_batch_size, args.num_generations, args.num_mini_batches
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

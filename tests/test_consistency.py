@@ -111,7 +111,7 @@ def test_only_runs_of_the_script_itself_are_resumed(script, tmp_path):
     module, other = import_module(script), SCRIPTS[SCRIPTS.index(script) - 1]
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     (tmp_path / "args.json").write_text(json.dumps({"script": f"{other}.py", "args": {"nonsense": 1}}))
-    with pytest.raises(ValueError, match=f"run {other}.py without other flags"):
+    with pytest.raises(ValueError, match=f"is a run of {other}.py"):
         module.main(module.Args(resume=str(tmp_path)))
 
 

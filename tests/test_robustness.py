@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
     assert checkpoint["step"] == step and not (folder / "summary.json").exists()
     if moment == WRITING and "model" in checkpoint:
         assert equal(weights(folder), {name: checkpoint["model"][name] for name in weights(folder)})
-    with pytest.raises(ValueError, match=r"without other flags --seed"):
+    with pytest.raises(ValueError, match=r"it takes no other flags: --seed"):
         module.main(module.Args(resume=str(folder), seed=2))
     speeds = scalars(folder).get("charts/SPS", [])[:step]
     demonstrated = [path.stat().st_mtime_ns for path in folder.glob("demos.npz")]
@@ -241,10 +241,10 @@ BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": file("data.csv", b"prompt,answer\n1,2\n")}, "must be a .jsonl or .parquet file"),
     ("grpo_llm", {"dataset_train_split": "training"}, "training is not one of ['train']"),
     ("grpo_llm", {"dataset_name": rows(text="[1, 2]\n")}, ""),
-    ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "row 1 with columns ['text'] has no `prompt`"),
+    ("grpo_llm", {"dataset_name": rows({"text": "1"})}, "row 1 with columns ['text'] needs a `prompt`"),
     ("grpo_llm", {"dataset_name": rows({"prompt": 5, "answer": "1"})}, "row 1 with columns ['answer', 'prompt']"),
     ("grpo_llm", {"dataset_name": rows({"prompt": ["a"], "answer": "1"})}, "row 1 with columns"),
-    ("grpo_llm", {"dataset_name": rows({"prompt": [{"role": "user", "content": [{"text": "1"}]}]})}, "row 1 with columns"),
+    ("grpo_llm", {"dataset_name": rows({"prompt": [{"role": "user", "content": [{"text": "1"}]}]})}, "row 1 with"),
     ("grpo_llm", {"dataset_name": rows({"prompt": [], "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "2"})}, "held-out rows are too few"),
@@ -301,13 +301,15 @@ BAD_INPUTS = [
     ("maxent_irl", {"env_id": "CliffWalking-v1"}, "--horizon must be set"),
     ("maxent_irl", {**POLES, "estimator": "exact"}, "has no table"),
     ("maxent_irl", {**POLES, "transfer": "{}"}, "has no table"),
-    ("maxent_irl", {"env_id": "Blackjack-v1", "horizon": 5}, "supported are tables, and 1-D Box"),
+    ("maxent_irl", {"env_id": "Blackjack-v1", "horizon": 5}, "needs 1-D Box; Discrete or bounded Box"),
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "from 1"}'}, "Discrete(2, start=1)"),
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "binary"}'}, "MultiBinary(2)"),
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "unbounded"}'}, "Box(-inf, inf"),
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "integers"}'}, "Box(0, 3, (1,), int64)"),
     ("maxent_irl", {"env_kwargs": '{"slipp": 0.1}'}, "slipp"),
     ("maxent_irl", {"env_kwargs": "[1]"}, "--env-kwargs"),
+    ("maxent_irl", {"env_kwargs": "slip=1"}, "--env-kwargs"),
+    ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"map_name": "9x9"}'}, "9x9"),
     ("maxent_irl", {"transfer": '{"slipp": 0.1}'}, "slipp"),
     ("maxent_irl", {"env_kwargs": '{"slip": 2}'}, "negative or do not sum to 1"),
     ("maxent_irl", {"env_id": "FrozenLake-v1", "env_kwargs": '{"success_rate": 2}'}, "negative or do not sum to 1"),
