@@ -641,7 +641,7 @@ def main(args: Args) -> dict[str, float]:
         if box_act and action_space.is_bounded() and action_space.dtype.kind == "f":
             usable = (action_space.low < action_space.high).all()
         if not (box_obs and usable):
-            raise ValueError(f"--env-id has {observation_space}, {action_space}: needs 1-D Box; Discrete or bounded Box")
+            raise ValueError(f"--env-id: {observation_space}, {action_space}: needs 1-D Box; Discrete or bounded Box")
         O = observation_space.shape[0]
         make_policy = partial(ActorCritic, O, action_space, args.hidden_size)
         mean_std = torch.stack([torch.zeros(O), torch.ones(O)]).to(device)  # (2, O)
