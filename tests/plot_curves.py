@@ -98,7 +98,7 @@ def draw(script: str, task: str, runs: list[Run]) -> Figure | None:
     if not tags:
         return None
     x = "environment steps" if script in ("maxent_irl", "gail") else "step"
-    own = {"seed", "output_dir", "resume", "reward_model_path", "demos"}  # flags that may differ without a word
+    own = {"seed", "output_dir", "resume", "reward_model_path", "demos", "eval_steps"}  # may differ without a word
     changed = [k for k in runs[0][0] if k not in own and len({str(args.get(k)) for args, _ in runs}) > 1]
     groups = sorted({tuple(str(args.get(k)) for k in changed) for args, _ in runs})
     figure = Figure(figsize=(4 * len(tags), 3.4), layout="constrained")
