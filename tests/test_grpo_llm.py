@@ -345,13 +345,19 @@ def test_extract_number(text, number):
     assert extract_number(text) == number
 
 
-def test_rewards_by_hand():
+def test_rewards_by_hand(monkeypatch):
     assert accuracy_reward("", "I think 7.0", "... #### 7") == 1.0
     assert accuracy_reward("", "no idea", "#### 7") == 0.0
     for formula in ("\\frac{1}{2}", "x^2", "3/2", "2 or 3", "\\boxed{x^2}"):
         assert accuracy_reward("", "it is 2", formula) is None
     assert accuracy_reward("", "it is 1000", " 1,000 ") == 1.0
     assert accuracy_reward("", "Paris", "Paris") is None and accuracy_reward("", "1", None) is None
+    samples = [{"prompt": "", "text": "1+1=2", "answer": "2"}, {"prompt": "", "text": "3", "answer": "2"}]
+    monkeypatch.setattr(grpo_llm, "REWARDS", ((accuracy_reward, 3.0), (format_reward, 0.0)))
+    rewards, parts = grpo_llm.score_completions(samples, lambda samples: torch.tensor([0.5, 0.25]))
+    assert rewards.tolist() == [3.5, 0.25] and parts["format_reward"].tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="no finite reward"):  # a weight of 0 only logs
+        grpo_llm.score_completions([{**samples[0], "answer": None}], None)
     shown = [format_reward("", c, None) for c in ("-12=132", "132", "#### 4", "2+2 is 4\n#### 4")]
     assert shown == [1.0, 0.0, 0.0, 1.0]
 

@@ -209,6 +209,7 @@ class Actions(gymnasium.Env):
         self.action_space = {
             "from 1": spaces.Discrete(2, start=1), "binary": spaces.MultiBinary(2),
             "unbounded": spaces.Box(-np.inf, np.inf, (1,)), "integers": spaces.Box(0, 3, (1,), np.int64),
+            "single": spaces.Box(1, 1, (1,)),
         }[space]  # fmt: skip
 
 
@@ -306,6 +307,7 @@ BAD_INPUTS = [
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "binary"}'}, "MultiBinary(2)"),
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "unbounded"}'}, "Box(-inf, inf"),
     ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "integers"}'}, "Box(0, 3, (1,), int64)"),
+    ("maxent_irl", {"env_id": "Actions-v0", "env_kwargs": '{"space": "single"}'}, "Box(1.0, 1.0, (1,)"),
     ("maxent_irl", {"env_kwargs": '{"slipp": 0.1}'}, "slipp"),
     ("maxent_irl", {"env_kwargs": "[1]"}, "--env-kwargs"),
     ("maxent_irl", {"env_kwargs": "slip=1"}, "--env-kwargs"),
