@@ -181,8 +181,7 @@ def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, devic
 def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: type = AutoModelForCausalLM) -> tuple:
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):
             vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
@@ -419,7 +418,8 @@ def main(args: Args) -> dict[str, float]:
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        if type(value) is int and value <= 0 and name not in ("seed", "warmup_steps"):
+        may_be_0 = name in ("seed", "warmup_steps", "label_smoothing", "rpo_alpha")
+        if type(value) in (int, float) and value <= 0 and not may_be_0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

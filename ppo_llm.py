@@ -279,8 +279,7 @@ def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, devic
 def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: type = AutoModelForCausalLM) -> tuple:
     """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):
             vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
         model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)

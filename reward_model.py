@@ -466,12 +466,11 @@ def main(args: Args) -> dict[str, float]:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
         if not args.resume:
             (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
-    def scored_batches(examples: list[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def scored_batches(examples: list[dict], bf16: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield, per micro-batch, scores (R, K) with gradients, margin (R,), label (R,) and characters (R, K)."""
         for mb, *inputs in pack_rankings(model, examples, args.max_tokens_per_microbatch):
-            with autocast:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 scores = completion_scores(model, *inputs).view(len(mb), -1)  # (R, K)
             columns = ([examples[i][name] for i in mb] for name in ("margin", "label", "characters"))
             yield scores, *(torch.tensor(column, device=device) for column in columns)
@@ -481,7 +480,7 @@ def main(args: Args) -> dict[str, float]:
         """Metrics over all pairs of the held-out rankings. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
         values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums of confidence and accuracy; counts
         model.eval()
-        for scores, margin, label, characters in scored_batches(held_out[rank::world_size]):
+        for scores, margin, label, characters in scored_batches(held_out[rank::world_size], args.bf16):
             _, stats = preference_loss(scores, margin, label, *loss_flags)
             _, length_stats = preference_loss(characters, margin, label, *loss_flags)  # as if length were the score
             stats["accuracy_longer"] = length_stats["accuracy"]
@@ -512,9 +511,9 @@ def main(args: Args) -> dict[str, float]:
     for step in bar:
         # ---- update
         step_start, batch = time.time(), order[step * B : (step + 1) * B]  # the order needs no checkpoint
-        values = defaultdict(list)
+        own, values = batch[rank * B // world_size : (rank + 1) * B // world_size], defaultdict(list)
         model.train()
-        for scores, margin, label, _ in scored_batches(batch[rank * B // world_size : (rank + 1) * B // world_size]):
+        for scores, margin, label, _ in scored_batches(own, args.bf16):
             loss, stats = preference_loss(scores, margin, label, *loss_flags)
             (loss * len(scores) / B).backward()  # micro-batches add up to the mean over the batch
             for name, x in stats.items():
@@ -545,7 +544,7 @@ def main(args: Args) -> dict[str, float]:
         if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
             model.eval()
             with torch.no_grad():  # for reward_mean and reward_std: a random sample of training rankings
-                measured = scored_batches(order[: min(args.max_eval_samples, len(train))])
+                measured = scored_batches(order[: min(args.max_eval_samples, len(train))], bf16=False)
                 rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (answers,)
             model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()
             writer.flush()

@@ -259,7 +259,7 @@ BAD_INPUTS = [
     ("ppo_llm", {"num_generations": 8, "num_mini_batches": 4}, "--num-generations 8"),
     ("ppo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     ("dpo", {"ref_model_name_or_path": "no/such"}, "--ref-model-name-or-path no/such"),
-    ("dpo", {"train_batch_size": 0}, "--train-batch-size must be above 0"),
+    ("dpo", {"beta": 0.0, "loss_type": "ipo"}, "--beta must be above 0"),
     ("dpo", {"dataset_name": rows({"prompt": "1", "chosen": "2"})}, "row 1 with columns ['chosen', 'prompt']"),
     ("dpo", {"dataset_name": rows(PAIR), "max_length": 4}, "0 training"),
     ("dpo", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
