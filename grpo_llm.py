@@ -183,7 +183,7 @@ def extract_number(text: str) -> float | None:
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's. None if the answer is not a number and marks none."""
+    """1 if the completion's final number is the answer's, else 0. None if the answer neither is nor marks a number."""
     has_number = answer and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
     expected = extract_number(answer) if has_number else None
     return None if expected is None else float(extract_number(completion) == expected)

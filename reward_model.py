@@ -407,7 +407,8 @@ def main(args: Args) -> dict[str, float]:
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        if type(value) is int and value <= 0 and name not in ("seed", "warmup_steps"):
+        may_be_0 = name in ("seed", "warmup_steps", "center_rewards_coefficient")
+        if type(value) in (int, float) and value <= 0 and not may_be_0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
