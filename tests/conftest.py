@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,9 @@ from transformers import (
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real models and data, where they are at hand; they are no part of the repository
 sys.path.insert(0, str(ROOT))
+# Event files of one second and one process are read in the order of this counter as text: "10" before "9".
+# A test that resumes a run within its second needs counts of the same length.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 SIZE = {
     "vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
