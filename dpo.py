@@ -18,8 +18,8 @@ Rafailov et al. 2023, arXiv:2305.18290, eq. 7; variants: see dpo_loss. The tiny 
     torchrun --nproc-per-node=8 dpo.py ...         # several GPUs: the same global batch, split by pairs
     python dpo.py --resume runs/<run folder>       # continue exactly from the last checkpoint
 
-Shapes: N pairs (or tokens), R pairs in a micro-batch (rows of L tokens), B = 2 R answers of T tokens; in main, B pairs
-per update. H hidden size, V vocabulary. `logps`: sums over an answer's tokens. `mask`: True where a token counts.
+Shapes: R pairs in a micro-batch (rows of L tokens), B = 2 R answers of T tokens, N all pairs or tokens; in main, B
+pairs per update. H hidden size, V vocabulary. `logps`: sums over an answer's tokens. `mask`: True where a token counts.
 
 Deliberately not here: online DPO (new samples), KTO (unpaired preferences), LoRA, sharded weights. See TRL.
 """
@@ -410,21 +410,21 @@ def main(args: Args) -> dict[str, float]:
     if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
+            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
         may_be_0 = name in ("seed", "warmup_steps", "label_smoothing", "rpo_alpha")
-        if type(value) in (int, float) and value <= 0 and not may_be_0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if B < world_size:
-        raise ValueError(f"--train-batch-size {B} is less than the number of processes, {world_size}")
+    if B < world_size or args.label_smoothing >= 0.5:
+        raise ValueError(f"--train-batch-size {B}: at least {world_size} (processes). --label-smoothing: below 0.5")
     if args.dataset_name and not args.model_name_or_path:
         raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -451,7 +451,7 @@ def main(args: Args) -> dict[str, float]:
     max_length = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", math.inf))
     splits = load_rows(args) if args.dataset_name else [addition_pairs(rows, 3, seed=0) for rows in addition_rows()]
     train, held_out = (encode_pairs(rows, tokenizer, max_length) for rows in splits)
-    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, so few are lost
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
@@ -491,7 +491,7 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
         if not args.resume:
-            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
+            (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     def losses_and_stats(pairs: list[dict], logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (R,) of pairs, from the policy's log-probabilities logps (R, 2), and statistics to log, each (R,)."""

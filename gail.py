@@ -58,7 +58,7 @@ from tqdm import trange
 
 @dataclass
 class Args:
-    """GAIL: imitate demonstrations without their reward. paper: Ho and Ermon 2016. code: their openai/imitation."""
+    """GAIL: imitate demonstrations without their reward. "paper" is Ho and Ermon 2016, "code" openai/imitation."""
 
     # ---- common to all scripts
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -499,21 +499,23 @@ def main(args: Args) -> dict[str, float]:
     if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
+            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        if type(value) is int and value <= 0 and name not in ("seed", "constant_action", "bc_epochs"):
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        may_be_0 = name in ("seed", "constant_action", "bc_epochs", "gamma", "gae_lambda", "cg_damping")
+        may_be_0 |= name in ("ent_coef", "discriminator_entropy", "gradient_penalty")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if not 0 <= args.gamma < 1:
-        raise ValueError(f"--gamma {args.gamma} must be below 1 and at least 0: the value network learns (1 - gamma) V")
+    if args.gamma >= 1 or args.gae_lambda > 1:
+        raise ValueError("--gamma must be below 1, as the value network learns (1 - gamma) V; --gae-lambda at most 1")
     envs, eval_envs = make_envs(args.env_id, args.num_envs), make_envs(args.env_id, args.eval_episodes)
     observation_space, action_space = envs.single_observation_space, envs.single_action_space
     check_spaces(observation_space, action_space)
@@ -538,9 +540,8 @@ def main(args: Args) -> dict[str, float]:
     value_optimizer = torch.optim.Adam(value.parameters(), lr=args.value_learning_rate)
     state = {"policy": policy, "value": value, "discriminator": discriminator}
     state |= {"optimizer": optimizer, "value_optimizer": value_optimizer}
-    not_reached = {"env_steps_to_0.95": None, "cpu_seconds_to_0.95": None}
-    progress = {"step": 0, "metrics": {"env_steps": 0, "cpu_seconds": 0.0, **not_reached}}
-    progress["mean_std"] = torch.tensor([[0.0] * O, [1.0] * O])
+    metrics = {"env_steps": 0, "cpu_seconds": 0.0, "env_steps_to_0.95": None, "cpu_seconds_to_0.95": None}
+    progress = {"step": 0, "metrics": metrics, "mean_std": torch.tensor([[0.0] * O, [1.0] * O])}
     if checkpoint:
         progress = {name: checkpoint[name] for name in progress}
         for name, part in state.items():
@@ -548,7 +549,7 @@ def main(args: Args) -> dict[str, float]:
     mean_std, metrics = progress["mean_std"].to(device), progress["metrics"]  # (2, O)
     writer = SummaryWriter(run_dir, purge_step=metrics["env_steps"] + 1)
     if not args.resume:
-        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
+        (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     def play(envs: gymnasium.vector.VectorEnv, policy: Policy, mode: str, seed_offset: int) -> dict[str, Tensor]:
         """Each environment's first episode, with observations normalized by main's mean_std at the time of the call."""
@@ -659,10 +660,9 @@ def main(args: Args) -> dict[str, float]:
             eval_return, _ = mean_return_and_length(play(eval_envs, policy, "greedy", EVAL_SEEDS))
             score = (eval_return - random_return) / ((expert_return - random_return) or math.nan)
             metrics |= {"eval/return": eval_return, "eval/normalized_score": score}
-            if not score >= 0.95:  # also if it is nan
-                metrics |= not_reached
-            elif metrics["env_steps_to_0.95"] is None:  # the first score of an unbroken streak up to now
-                metrics |= {f"{name}_to_0.95": metrics[name] for name in ("env_steps", "cpu_seconds")}
+            if not score >= 0.95 or metrics["env_steps_to_0.95"] is None:  # the start of an unbroken streak up to now
+                for name in ("env_steps", "cpu_seconds"):
+                    metrics[f"{name}_to_0.95"] = metrics[name] if score >= 0.95 else None
             logs |= {"eval/return": eval_return, "eval/normalized_score": score, **baselines}
         for name, x in logs.items():
             if not math.isnan(x):  # the expert's return, and so the score, may be unknown

@@ -25,9 +25,8 @@ counts (tables) or PPO (arXiv:1707.06347). E_model[.] becomes a sum over samples
 
     tables      log w = r(tau) - sum_t log pi(a_t|s_t) per trajectory. Target: the non-causal model.
     control     log w = sum_t [r + gamma V(s_t+1) - V(s_t) - log pi(a_t|s_t)] per segment, V the critic. Target:
-                p(segment) ~ p(start) prod_t P(s_t+1|s_t,a_t) exp(r + gamma V(s_t+1) - V(s_t)). With deterministic
-                dynamics and a soft-optimal V, that is the soft-optimal policy from the segments' starts, and its
-                samples get equal weights (path consistency, arXiv:1702.08892). Without -V, starts would be reweighted.
+                p(start) prod_t P(s_t+1|s_t,a_t) exp(r + gamma V(s_t+1) - V(s_t)), up to Z: with deterministic dynamics
+                and a soft-optimal V, the soft-optimal policy, whose samples get equal weights (arXiv:1702.08892).
 
     python maxent_irl.py                             # laptop: a cat's 4x4 grid, both estimators
     python maxent_irl.py --env-id FrozenLake-v1 --env-kwargs '{"is_slippery": false}' --reward-scale 10
@@ -64,7 +63,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
-
 DEFAULTS = {  # what None means in Args: (with a table, in control)
     "estimator": ("both", "sampled"), "reward_inputs": ("next_state", "state_action"), "gamma": (1.0, 0.99),
     "reward_l2": (0.0, 0.01), "learning_rate": (0.8, 1e-3), "num_trajectories": (512, 16),
@@ -93,7 +91,7 @@ class Args:
     transfer: str | None = None  # tables: JSON that overrides --env-kwargs for a second, final evaluation
 
     # ---- maximum-entropy inverse RL. None: the value in parentheses
-    estimator: Literal["exact", "sampled", "both"] | None = None  # see the file's head (table: both; control: sampled)
+    estimator: Literal["exact", "sampled", "both"] | None = None  # random moves: exact (table: both; control: sampled)
     gamma: float | None = None  # discount of values; in tables, of visits too (table: 1; control: 0.99)
     reward_inputs: Literal["state_action", "state", "next_state"] | None = None  # what it reads (table: next_state)
     reward_model: Literal["linear", "neural"] = "neural"  # control only; a table's reward is tabular
@@ -589,7 +587,6 @@ def evaluate_table(reward: Tensor, table: dict, expert_visits: Tensor, gamma: fl
         "expected_value_difference": returns["expert"] - returns["soft"],
         "normalized_score": (returns["soft"] - returns["random"]) / (margin or math.nan),
         "best_return": returns["best"], "greedy_return": returns["hard"],
-        "greedy_value_difference": returns["best"] - returns["hard"],
         "occupancy_gap": (visits["soft"] - expert_visits).sum(1).abs().max().item(),
         "reward_correlation": torch.stack([reward, true_reward]).flatten(1).corrcoef()[0, 1].item(),
     }
@@ -602,16 +599,16 @@ def main(args: Args) -> dict[str, float]:
     if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
+            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        if type(value) is int and value <= 0 and name != "seed":
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        if type(value) in (int, float) and value <= 0 and name not in ("seed", "reward_l2") and "rate" not in name:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     try:
@@ -659,7 +656,7 @@ def main(args: Args) -> dict[str, float]:
     progress = {"step": 0, "env_steps": 0} if checkpoint is None else {k: checkpoint[k] for k in ("step", "env_steps")}
     writer = SummaryWriter(run_dir, purge_step=progress["env_steps"] + 1)
     if not args.resume:
-        (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
+        (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     # ---- demonstrations, and the normalizer
     torch.manual_seed(args.seed)  # for the initial weights only; everything else is seeded per step
@@ -723,7 +720,6 @@ def main(args: Args) -> dict[str, float]:
         fit = fit_exact(modules["exact"], target_visits, table, args.gamma, H, args.exact_tolerance, args.exact_steps)
         for name, x in zip(("loss", "gradient_max"), fit):
             writer.add_scalar(f"exact/{name}", x, 0)
-
     bar = trange(progress["step"], max_steps + 1, initial=progress["step"], total=max_steps, disable=not max_steps)
     for step in bar:
         # ---- save to a temporary file, then rename. Also at step 0: the setup may have been slow
@@ -809,6 +805,8 @@ def main(args: Args) -> dict[str, float]:
         log_partition(leaf, table["transition"], table["initial"], H, args.gamma, table["ended"]).backward()
         difference = causal_visits(true_reward, table, args.gamma, H) - leaf.grad  # (S, A)
         metrics["eval/causal_gap"] = difference.sum(1).abs().sum().item()
+        if "sampled" in estimators and metrics["eval/causal_gap"] > 0.01:
+            print("note: moves or starts are random; the sampled estimator fits another model. Use --estimator exact")
         on_arrival = table["arrival"] / table["arrival"].sum(0)  # (S*A, S): mean over moves to a state, for maps
     for name, module in modules.items() if table is not None else ():
         learned = module.table(table["arrival"]).detach()  # (S, A)
@@ -823,16 +821,17 @@ def main(args: Args) -> dict[str, float]:
             results["old_policy_return"] = (old_visits * other["reward"]).sum().item()
             metrics |= {f"transfer/{name}/{key}": x for key, x in results.items()}
         panels = {
-            "true reward": table["reward"].flatten() @ on_arrival, "expert's steps per state": expert_visits.sum(1),
-            f"learned reward ({name}), up to shaping": learned.flatten() @ on_arrival,
-            "learner's steps per state": causal_visits(learned, table, args.gamma, H).sum(1),
+            "true reward": table["reward"].flatten() @ on_arrival, "expert's steps from a state": expert_visits.sum(1),
+            f"learned reward ({name})": learned.flatten() @ on_arrival,
+            "learner's steps from a state": causal_visits(learned, table, args.gamma, H).sum(1),
         }  # (S,) each
         figure = Figure(figsize=(12.8, 3.2), layout="constrained")
         for axes, (title, x) in zip(figure.subplots(1, 4), panels.items()):
             axes.set(title=title, xticks=[], yticks=[])
             figure.colorbar(axes.imshow(x.view(table["shape"]).numpy()), ax=axes, shrink=0.7)
             for s, cell in enumerate(CAT_GRID if args.env_id is None else ""):
-                axes.text(s % 4, s // 4, CAT_CELLS[cell][0], ha="center", va="center", size=8, backgroundcolor="white")
+                label = f"{CAT_CELLS[cell][0]}\n{x[s].round(decimals=1) + 0.0:g}".strip()
+                axes.text(s % 4, s // 4, label, ha="center", va="center", size=7, backgroundcolor="white")
         writer.add_figure(f"maps/{name}", figure, progress["env_steps"])
     for name, results in found.items():  # unprefixed keys belong to the last estimator
         metrics |= {f"eval/{key}": x for key, x in results.items()}
@@ -840,7 +839,8 @@ def main(args: Args) -> dict[str, float]:
     for name, part in tensors.items():
         save_file({key: x.cpu().contiguous() for key, x in part.items()}, run_dir / f"{name}.safetensors")
     for name, x in metrics.items():
-        print(f"{name}: {x:.4g}".replace("nan", "unknown"))
+        if len(found) == 1 or name[5:] not in results:  # no key twice
+            print(f"{name}: {x:.4g}".replace("nan", "unknown"))
         if name.startswith("eval/"):
             writer.add_scalar(name, x, progress["env_steps"])
     metrics["wall_seconds"] = time.time() - start_time

@@ -229,7 +229,7 @@ def score_completions(samples: list[dict], reward_model: Callable | None) -> tup
         weighted.append(parts["reward_model"])
     table = torch.stack(weighted)  # (rewards, B)
     for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no finite reward for the prompt {prompt!r}, answer {answer!r}".format(**samples[i]))
+        raise ValueError("no finite reward for {prompt!r}; its column `answer`: {answer!r}".format(**samples[i]))
     return table.nansum(0), parts
 
 
@@ -591,16 +591,17 @@ def main(args: Args) -> dict[str, float]:
     if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
+            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        if (type(value) is int or name == "temperature") and not value > 0 and name not in ("seed", "warmup_steps"):
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        may_be_0 = "coef" in name or name in ("seed", "warmup_steps", "learning_rate", "lam", "missing_eos_penalty")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     B, G, M = args.generation_batch_size, args.num_generations, args.num_mini_batches
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if B % (G * M * world_size):
@@ -622,6 +623,7 @@ def main(args: Args) -> dict[str, float]:
         dist.broadcast(unix_time, 0)
     run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
     initial = args.model_name_or_path or f"{run_dir}/sft"  # where training starts
+    reward_model = load_reward_model(args, device) if args.reward_model_path else None
     if rank == 0:
         print(run_dir)
         if not args.model_name_or_path and not args.resume:
@@ -632,14 +634,13 @@ def main(args: Args) -> dict[str, float]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     splits = load_rows(args) if args.dataset_name else addition_rows()
     train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
-    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, so few are lost
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
     held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
     if not train or not held_out:
         raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
-    reward_model = load_reward_model(args, device) if args.reward_model_path else None
     if not reward_model and [f for f, weight in REWARDS if weight] == [accuracy_reward]:  # fail early
         score_completions([e | {"text": ""} for e in train + held_out], None)
     ref_model = load_pretrained(initial)[0].to(device)
@@ -665,11 +666,11 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
         if not args.resume:
-            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
+            (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     def rollout(examples: list[dict], k: int, temperature: float, seed: int, skip: int = 0) -> tuple:
-        """k samples {..., completion, text} per own example; logprobs, mask (P*k, T). Skips draws of prompts before."""
+        """k samples {..., completion, text} per example of this rank; logprobs, mask (P*k, T). skip: prompts before."""
         P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
         examples = examples[rank * P : (rank + 1) * P]
         prompts = {"input_ids": [e["ids"] for e in examples]}

@@ -399,17 +399,17 @@ def main(args: Args) -> dict[str, float]:
     if args.resume:
         run_dir = Path(args.resume)
         if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: start that run again")
+            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
         saved = json.loads((run_dir / "args.json").read_text())
         changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
         if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir} is a run of {saved['script']}; it takes no other flags: {changed}")
+            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
         may_be_0 = name in ("seed", "warmup_steps", "center_rewards_coefficient")
-        if type(value) in (int, float) and value <= 0 and not may_be_0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     B = args.train_batch_size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if B % world_size:
@@ -442,7 +442,7 @@ def main(args: Args) -> dict[str, float]:
     max_length = min(args.max_length, context, tokenizer.model_max_length)
     splits = load_rows(args) if args.dataset_name else [addition_pairs(x, 6, 0, (-1, 1)) for x in addition_rows()]
     train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
-    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, ties at random
+    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, so few are lost
         counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
         test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
         train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
@@ -466,7 +466,7 @@ def main(args: Args) -> dict[str, float]:
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
         if not args.resume:
-            (run_dir / "args.json").write_text(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
+            (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
     def scored_batches(examples: list[dict], bf16: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield, per micro-batch, scores (R, K) with gradients, margin (R,), label (R,) and characters (R, K)."""

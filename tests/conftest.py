@@ -29,6 +29,7 @@ from transformers import (
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real models and data, where they are at hand; they are no part of the repository
+SCRIPTS = ("dpo", "gail", "grpo_llm", "maxent_irl", "ppo_llm", "reward_model")  # a user's own may stand beside them
 sys.path.insert(0, str(ROOT))
 # Event files of one second and one process are read in the order of this counter as text: "10" before "9".
 # A test that resumes a run within its second needs counts of the same length.
@@ -154,7 +155,7 @@ def digit_reward(prompt: str, completion: str, answer: str | None) -> float:
 # Processes are forked from one that has imported the scripts and done nothing: that saves seconds for each of them, and
 # no thread is lost in the fork.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["conftest", *(path.stem for path in ROOT.glob("*.py"))])
+PROCESSES.set_forkserver_preload(["conftest", *SCRIPTS])
 
 
 def run_main(

@@ -546,7 +546,7 @@ def test_a_reward_that_is_no_number_names_the_prompt(tiny, monkeypatch, value):
         return value
 
     monkeypatch.setattr(grpo_llm, "REWARDS", ((broken_reward, 1.0),))
-    with pytest.raises(ValueError, match=r"no finite reward for the prompt '\d\+\d='"):
+    with pytest.raises(ValueError, match=r"no finite reward for '\d\+\d='"):
         main(tiny())
 
 

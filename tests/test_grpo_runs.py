@@ -97,7 +97,7 @@ def test_the_tags_of_two_steps_are_those_computed_by_hand(run, model_folder, fla
         gradient = torch.autograd.grad(objective, list(model.parameters()))
         tokens += lengths.sum() + sum(len(prompt) for prompt, _, _ in calls)
         expected = {
-            "reward": rewards.mean(), "reward_std": std.mean(), "frac_reward_zero_std": (std == 0).float().mean(),
+            "reward": rewards.mean(), "reward_std": rewards.std(), "frac_reward_zero_std": (std == 0).float().mean(),
             "completions/mean_length": lengths.float().mean(), "completions/clipped_ratio": cut.float().mean(),
             "num_tokens": tokens, "entropy": -torch.cat(rows).mean(),
             "loss": -objective if args.loss_type == "cispo" else -(shares * advantages * lengths).sum(),

@@ -36,9 +36,8 @@ def test_the_recipes_run(tmp_path):
             python, script, *words = shlex.split(command, comments=True)
             words = [model_folder if word.startswith("Qwen/") else word for word in words]
             words += SMALL.get(script, "").split()
-            done = subprocess.run(
-                [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
-            )
+            call = [sys.executable, script, *words]
+            done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
             assert python == "python" and done.returncode == 0, done.stderr[-2000:]
             if script not in ("my_data.py", "my_demos.py"):
                 folder = tmp_path / done.stdout.splitlines()[-1]

@@ -1,6 +1,6 @@
 """What goes wrong from outside: kills while a checkpoint is written, and bad input."""
 
-import io
+import itertools
 import json
 import os
 import shutil
@@ -15,13 +15,9 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, digit_reward, run_folder, run_main, scalars, tiny_flags, weights
+from conftest import PROCESSES, SCRIPTS, digit_reward, run_folder, run_main, scalars, tiny_flags, weights
 
 # ---- SIGKILL
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_at(moment: str, number: int) -> None:
@@ -32,25 +28,19 @@ def die_at(moment: str, number: int) -> None:
         nonlocal count
         count += "step" in state
         if moment == "while writing" and count == number:
-            buffer = io.BytesIO()
-            real_save(state, buffer)
-            half = buffer.getvalue()[: len(buffer.getvalue()) // 2]
-            if isinstance(file, Path):
-                file.write_bytes(half)
-            else:
-                file.write(half)
-                file.flush()
-            die()
+            real_save(state, file)
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
         real_save(state, file)
 
     def replace(aside, path):
         here = Path(path).name == "checkpoint.pt" and count == number
         model = Path(path).name == "model" and count == number
         if (here and moment == "before renaming") or (model and moment == "before the model's renaming"):
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         real_replace(aside, path)
         if here and moment == "after renaming":
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save, os.replace = save, replace
 
@@ -123,17 +113,14 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
     assert checkpoint["step"] == step and not (folder / "summary.json").exists()
     if moment == WRITING and "model" in checkpoint:
         assert equal(weights(folder), {name: checkpoint["model"][name] for name in weights(folder)})
-    with pytest.raises(ValueError, match=r"it takes no other flags: --seed"):
+    with pytest.raises(ValueError, match=r"and no other flags \(got: --seed\)"):
         module.main(module.Args(resume=str(folder), seed=2))
     speeds = scalars(folder).get("charts/SPS", [])[:step]
     demonstrated = [path.stat().st_mtime_ns for path in folder.glob("demos.npz")]
     time.sleep(1 - time.time() % 1)  # TensorBoard orders files by the second in their names
     metrics = module.main(module.Args(resume=str(folder)))
     assert equal(metrics, expected) and equal(json.loads((folder / "summary.json").read_text()), expected)
-    states = [torch.load(x / "checkpoint.pt", weights_only=True) for x in (folder, unbroken)]
-    for state in states:  # GAIL's evaluations: environment steps, CPU seconds, score, return
-        state["history"] = [[row[0], *row[2:]] for row in state.get("history", [])]
-    assert equal(*states)
+    assert equal(*(torch.load(x / "checkpoint.pt", weights_only=True) for x in (folder, unbroken)))
     files = [path.relative_to(unbroken) for path in unbroken.rglob("*.safetensors")]
     assert files and all((folder / file).read_bytes() == (unbroken / file).read_bytes() for file in files)
     resumed, curves = scalars(folder), scalars(unbroken)
@@ -141,6 +128,16 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
     assert [path.stat().st_mtime_ns for path in folder.glob("demos.npz")] == demonstrated
     for tag in set(curves) - {"charts/SPS", "charts/cpu_seconds"}:
         assert resumed[tag] == curves[tag]  # each step once, also those that were repeated
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_runs_of_one_second_do_not_share_a_folder(script, tmp_path, model_folder, monkeypatch):
+    module = import_module(script)
+    args = module.Args(**tiny_flags(script, tmp_path, model_folder))
+    monkeypatch.setattr(time, "time", itertools.count(10**9, 1e-6).__next__)
+    module.main(args)
+    with pytest.raises(FileExistsError, match="args.json"):
+        module.main(args)
 
 
 # ---- bad input
@@ -220,8 +217,7 @@ WEIGHTS = "model.safetensors"
 # Script, flags, and words of the sentence: main raises, and the handler of __main__ prints it.
 BAD_INPUTS = [
     ("grpo_llm", {"num_generations": 1}, "--num-generations 1"),
-    ("grpo_llm", {"num_generations": 0}, "--num-generations must be above 0"),
-    ("grpo_llm", {"generation_batch_size": 0}, "--generation-batch-size must be above 0"),
+    ("grpo_llm", {"num_generations": 0}, "--num-generations 0 is too small"),
     ("grpo_llm", {"generation_batch_size": 18}, "--generation-batch-size 18"),
     ("grpo_llm", {"device": "cuda"}, "--device cuda"),
     ("grpo_llm", {"output_dir": "/dev/null/runs"}, "/dev/null/runs"),
@@ -250,16 +246,23 @@ BAD_INPUTS = [
     ("grpo_llm", {"dataset_name": rows({"prompt": " ", "answer": "1"})}, "0 training rows"),
     ("grpo_llm", {"dataset_name": rows({"prompt": "1+1=", "answer": "2"})}, "held-out rows are too few"),
     ("grpo_llm", {"max_completion_length": 127}, "0 training rows"),
-    ("grpo_llm", {"temperature": 0.0}, "--temperature must be above 0"),
-    ("ppo_llm", {"temperature": 0.0}, "--temperature must be above 0"),
-    ("reward_model", {"eval_steps": 0}, "--eval-steps must be above 0"),
-    ("maxent_irl", {"save_steps": 0}, "--save-steps must be above 0"),
-    ("ppo_llm", {"num_generations": 0}, "--num-generations must be above 0"),
+    ("grpo_llm", {"temperature": 0.0}, "--temperature 0.0 is too small"),
+    ("ppo_llm", {"temperature": 0.0}, "--temperature 0.0 is too small"),
+    ("reward_model", {"eval_steps": 0}, "--eval-steps 0 is too small"),
+    ("maxent_irl", {"save_steps": 0}, "--save-steps 0 is too small"),
+    ("ppo_llm", {"num_generations": 0}, "--num-generations 0 is too small"),
+    ("grpo_llm", {"max_grad_norm": -1.0}, "--max-grad-norm -1.0 is too small"),  # torch would turn the gradient around
+    ("ppo_llm", {"kl_coef": -0.1}, "--kl-coef -0.1 is too small"),
+    ("dpo", {"rpo_alpha": -1.0}, "--rpo-alpha -1.0 is too small"),
+    ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, "--label-smoothing: below 0.5"),
+    ("maxent_irl", {"max_grad_norm": 0.0}, "--max-grad-norm 0.0 is too small"),
+    ("gail", {"max_kl": 0.0}, "--max-kl 0.0 is too small"),
+    ("gail", {"gae_lambda": 97.0}, "--gae-lambda at most 1"),
     ("ppo_llm", {"num_mini_batches": 3}, "--num-mini-batches 3"),
     ("ppo_llm", {"num_generations": 8, "num_mini_batches": 4}, "--num-generations 8"),
     ("ppo_llm", {"reward_model_path": "no/such-model"}, "--reward-model-path no/such-model"),
     ("dpo", {"ref_model_name_or_path": "no/such"}, "--ref-model-name-or-path no/such"),
-    ("dpo", {"beta": 0.0, "loss_type": "ipo"}, "--beta must be above 0"),
+    ("dpo", {"beta": 0.0, "loss_type": "ipo"}, "--beta 0.0 is too small"),
     ("dpo", {"dataset_name": rows({"prompt": "1", "chosen": "2"})}, "row 1 with columns ['chosen', 'prompt']"),
     ("dpo", {"dataset_name": rows(PAIR), "max_length": 4}, "0 training"),
     ("dpo", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
@@ -269,8 +272,8 @@ BAD_INPUTS = [
     ("reward_model", {"dataset_name": rows({**PAIR, "label": 1.5})}, "row 1"),
     ("reward_model", {"dataset_name": rows({**PAIR, "rejected": "2"})}, "0 training"),
     ("reward_model", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
-    ("gail", {"gamma": 1.0}, "--gamma 1.0 must be below 1"),
-    ("gail", {"num_demos": 0}, "--num-demos must be above 0"),
+    ("gail", {"gamma": 1.0}, "--gamma must be below 1"),
+    ("gail", {"num_demos": 0}, "--num-demos 0 is too small"),
     ("gail", {"resume": "nowhere"}, "--resume nowhere has no checkpoint.pt"),
     ("gail", {"output_dir": "/dev/null/runs"}, "/dev/null/runs"),
     ("gail", {"env_id": "Nothing-v0"}, "`Nothing`"),
