@@ -543,7 +543,7 @@ def main(args: Args) -> dict[str, float]:
             (losses.sum() / B).backward()
             for name, value in mb_stats.items():
                 stats[f"train/{name}"] += value.sum() / B
-        for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
+        for p in (model.parameters() if world_size > 1 else ()):  # not DDP: numbers of micro-batches may differ
             if p.grad is not None:
                 dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)

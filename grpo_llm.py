@@ -685,7 +685,7 @@ def main(args: Args) -> dict[str, float]:
                 loss.backward()
                 for name, x in {"train/loss": loss.detach(), **mb_stats}.items():
                     stats[name] += x[None] / args.num_iterations  # (1,) for gather, which is summed below
-            for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
+            for p in (model.parameters() if world_size > 1 else ()):  # not DDP: numbers of micro-batches may differ
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)

@@ -374,7 +374,7 @@ class ActorCritic(nn.Module):
         outputs = torch.ones_like(outputs) if mode == "uniform" else outputs
         if self.discrete:
             return torch.multinomial(outputs.softmax(-1), 1, generator=generator)[:, 0]
-        shares = torch._sample_dirichlet(torch.stack(outputs.chunk(2, -1), -1), generator)[..., 0]  # (N, A): Beta's
+        shares = torch._sample_dirichlet(torch.stack(outputs.chunk(2, -1), -1), generator)[..., 0]  # (N, A)
         return 2 * shares.clamp(1e-6, 1 - 1e-6) - 1  # the density may be infinite at both ends
 
     def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
@@ -808,7 +808,7 @@ def main(args: Args) -> dict[str, float]:
         if "sampled" in estimators and metrics["eval/causal_gap"] > 0.01:
             print("note: moves or starts are random; the sampled estimator fits another model. Use --estimator exact")
         on_arrival = table["arrival"] / table["arrival"].sum(0)  # (S*A, S): mean over moves to a state, for maps
-    for name, module in modules.items() if table is not None else ():
+    for name, module in (modules.items() if table is not None else ()):
         learned = module.table(table["arrival"]).detach()  # (S, A)
         found[name] = evaluate_table(learned, table, expert_visits, args.gamma, H)
         best, _ = soft_value_iteration(learned, table["transition"], args.gamma, H, table["ended"])  # (H, S, A)

@@ -794,7 +794,7 @@ def main(args: Args) -> dict[str, float]:
                     loss.backward()
                     for name, x in mb_stats.items():
                         stats[name] += x[None] * minibatch_tokens / num_tokens
-                for p in parameters if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
+                for p in (parameters if world_size > 1 else ()):  # not DDP: numbers of micro-batches may differ
                     if p.grad is not None:
                         dist.all_reduce(p.grad)
                 for name, network in (("train/grad_norm", model), ("val/grad_norm", critic)):

@@ -519,7 +519,7 @@ def main(args: Args) -> dict[str, float]:
             (loss * len(scores) / B).backward()  # micro-batches add up to the mean over the batch
             for name, x in stats.items():
                 values[f"train/{name}"].append(x)
-        for p in model.parameters() if world_size > 1 else ():  # not DDP: numbers of micro-batches may differ
+        for p in (model.parameters() if world_size > 1 else ()):  # not DDP: numbers of micro-batches may differ
             if p.grad is not None:
                 dist.all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
