@@ -292,7 +292,7 @@ def encode_pairs(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_lengt
         if prompt.strip() and not unknown & {*ids} and completions[0] != completions[1]:
             pair = {"prompt": prompt, "answer": row.get("answer"), "ids": ids}
             pairs.append({**pair, "completions": completions, "masks": masks})
-    if left_out := len(rows) - len(pairs):
+    if (left_out := len(rows) - len(pairs)) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{left_out} of {len(rows)} pairs left out: empty, unknown characters, or same first {max_length} tokens")
     return pairs
 

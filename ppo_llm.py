@@ -325,7 +325,7 @@ def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length
         answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
         if prompt.strip() and len(ids) <= max_length and not unknown & {*ids}:
             examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
-    if left_out := len(rows) - len(examples):
+    if (left_out := len(rows) - len(examples)) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{left_out} of {len(rows)} prompts are left out: empty, over {max_length} tokens, or not encodable")
     return examples
 

@@ -280,7 +280,7 @@ def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_le
                 "margin": float(margin), "label": float(label),
                 "characters": [float(sum(len(turn["content"]) for turn in answer)) for answer in answers],
             })
-    if left_out := len(rows) - len(examples):
+    if (left_out := len(rows) - len(examples)) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{left_out} of {len(rows)} rankings left out: empty, unknown characters, same first {max_length} tokens")
     return examples
 
