@@ -407,7 +407,7 @@ def main(args: Args) -> dict[str, float]:
         args = Args(**saved["args"] | {"resume": args.resume})
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "warmup_steps", "center_rewards_coefficient")
+        may_be_0 = name in ("seed", "warmup_steps", "learning_rate", "center_rewards_coefficient")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     B = args.train_batch_size
