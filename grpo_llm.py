@@ -1,33 +1,65 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
-#                 "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#                 "datasets==5.2.0", "tqdm==4.70.1", "peft==0.21.2"]
 # ///
 """GRPO: train a language model by reinforcement learning with verifiable rewards.
 
-For each prompt q the policy samples G completions o_1..o_G, scored by Python functions. A completion's advantage is its
-reward relative to its group's mean, so there is no value network.
+For each prompt q the policy samples G completions o_1..o_G, which Python functions score. The
+advantage of a completion is its reward relative to the other completions of the same prompt, so
+there is no value network. The objective, to be maximized:
 
-    J(theta) = E[ 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(pi || pi_ref)
-    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
+    A_i    = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
+    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
+    J      = sum_i sum_t w_i min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i)
+             - beta KL(pi || pi_ref)
 
-GRPO: arXiv:2402.03300. The default loss is DAPO's, arXiv:2503.14476: N counts all tokens, eps_high > eps_low, beta = 0.
-Dr. GRPO, arXiv:2503.20783: --loss-type dr_grpo --scale-rewards none. CISPO, arXiv:2506.13585: --loss-type cispo. GSPO,
-arXiv:2507.18071: --loss-type grpo --importance-sampling-level sequence --epsilon 3e-4 --epsilon-high 4e-4.
+w_i is the weight of each token of completion i, in a batch of B completions of |o_i| tokens:
 
-    python grpo_llm.py                             # laptop, offline: a tiny model learns to show its work
-    python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name openai/gsm8k \\
-        --dataset-config main --max-completion-length 512 --max-steps 500 --max-eval-samples 128        # one GPU
-    torchrun --nproc-per-node=8 grpo_llm.py ...    # several GPUs: the same global batch, split by prompts
+    DAPO     arXiv:2503.14476   w_i = 1 / sum_j |o_j|      the default; eps_high > eps_low, beta 0
+    GRPO     arXiv:2402.03300   w_i = 1 / (B |o_i|)        --loss-type grpo --epsilon-high 0.2
+                                                           --beta 0.04
+    Dr. GRPO arXiv:2503.20783   w_i = 1 / (B T_max)        --loss-type dr_grpo --epsilon-high 0.2
+                                                           --scale-rewards none
+    CISPO    arXiv:2506.13585   w_i = 1 / sum_j |o_j|      --loss-type cispo; the term of a token is
+                                                           min(rho_it, 1 + eps_high) A_i log pi,
+                                                           without a gradient through rho_it
+    GSPO     arXiv:2507.18071   w_i = 1 / (B |o_i|)        --importance-sampling-level sequence
+                                                           --loss-type grpo --epsilon 3e-4
+                                                           --epsilon-high 4e-4; rho_i is that of
+                                                           the completion, to the power 1 / |o_i|
+
+The weight matters. With GRPO's, the longer a wrong answer is, the less each of its tokens is
+punished, so wrong answers grow. With DAPO's, all tokens count alike, so long completions count
+more. Dividing by the standard deviation of the rewards gives more weight to prompts that are nearly
+always or nearly never solved. DAPO also has --mask-truncated-completions, and dynamic sampling,
+which is not here.
+
+With --num-iterations 1, the default, each rollout serves one optimizer step. Then rho is 1, so
+clipping never acts, and the method is REINFORCE with the mean of the group as its baseline.
+Clipping needs --num-iterations 2 or more.
+
+    python grpo_llm.py                             # laptop, offline: a tiny model learns to add
+    python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset-name openai/gsm8k --dataset-config main --max-completion-length 512   # one GPU
+    torchrun --nproc-per-node=8 grpo_llm.py ...    # 8 GPUs: the same batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
-Shapes: P prompts per process, G completions per prompt (k in evaluation), B completions (in main: of all processes),
-L_q prompt tokens, T completion tokens, R rows of L tokens, K completions per row, N tokens in a micro-batch, H hidden
-size, V vocabulary. logprobs[:, t] belongs to completion token t. `mask` is True up to the first stop token, inclusive.
+RESULTS_LINE
 
-Deliberately not here: inference servers, dynamic sampling, LoRA, tools, images, sharded weights. See TRL or verl.
+Shapes: P prompts of this process, G completions of each, A completions that are still being
+generated, B completions of a micro-batch, L prompt tokens, T completion tokens, N completion tokens
+of a whole micro-batch, V vocabulary. logprobs[:, t] belongs to token t of the completion. Masks are
+True for tokens that count. The last token of a completion is its stop token, unless it was cut off.
+
+Flags stand in three groups: --exp-name to --resume are common to all six scripts,
+--model-name-or-path to --sft-steps to the four that train language models; the rest is GRPO's.
+
+Deliberately not here: inference servers, dynamic sampling, tools, images, sharded weights.
 """
 
+import asyncio
+import inspect
 import json
 import math
 import os
@@ -36,26 +68,28 @@ import re
 import shutil
 import sys
 import time
-import traceback
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Literal
+from types import SimpleNamespace
+from typing import Literal
 
-import datasets
 import torch
 import torch.distributed as dist
-import transformers
 import tyro
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
-from safetensors import SafetensorError
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+VERSION = "0.3.0"
 
 
 @dataclass
@@ -63,7 +97,7 @@ class Args:
     """GRPO for language models with verifiable rewards."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    exp_name: str = "grpo_llm"  # part of the run folder's name
     seed: int = 1  # seeds initial weights, data order and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
     output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
@@ -71,690 +105,1204 @@ class Args:
 
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None  # hub name or folder. None: train a tiny model
-    dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
+    dataset_name: str | None = None  # hub name, folder, .jsonl, .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. No "test": holds out a tenth of the prompts
-    max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
+    dataset_test_split: str = "test"  # split to evaluate on. No "test": a tenth of the prompts
+    max_eval_samples: int = 256  # held-out rows to evaluate on, the same for every seed
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # bf16 autocast, fp32 weights. None: on CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    max_tokens_per_microbatch: int = 2048  # tokens per pass of the update; affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine decay to 0
+    micro_batch_size: int = 16  # sequences per pass of the update; affects memory and speed only
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to almost 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
-    sft_steps: int = 1200  # supervised steps for the tiny model
+    sft_steps: int = 1000  # supervised steps for the tiny model
 
     # ---- GRPO
-    max_steps: int = 200  # rollouts (--num-iterations optimizer steps each)
-    eval_steps: int = 50  # steps between evaluations
+    max_steps: int = 100  # rollouts (--num-iterations optimizer steps each)
+    eval_steps: int = 10  # steps between evaluations
     save_steps: int = 50  # steps between checkpoints
-    learning_rate: float | None = None  # peak. None: 1e-3 for the tiny model, else 1e-6
+    learning_rate: float | None = None  # peak. None: 1e-6, for the tiny model 1e-3; LoRA: 10 times
+    lora_r: int = 0  # train adapters of this rank instead of all weights. 0: off
     generation_batch_size: int = 256  # completions per rollout across all processes
+    rollout_batch_size: int | None = None  # completions decoded at a time; memory only. None: all
     num_generations: int = 8  # G, completions per prompt
     max_completion_length: int = 256  # longest completion, in tokens
-    temperature: float = 1.0  # divides the logits in sampling and loss, not in evaluation; above 0
+    temperature: float = 1.0  # divides the logits in sampling and loss, not in evaluation
     eval_generations: int = 8  # completions per held-out prompt, the k of pass@k
-    reward_model_path: str | None = None  # one-logit sequence classifier; adds its score to the functions' rewards
-    normalize_reward_model: bool = False  # standardize scores by reward_mean, reward_std of the model's config
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # dapo: token mean. grpo: mean of completion means
-    scale_rewards: Literal["group", "none"] = "group"  # divide advantages by the group's std. none: don't (Dr. GRPO)
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # ratio per token or completion (GSPO)
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "dapo"  # see the top of this file
+    scale_rewards: Literal["group", "none"] = "group"  # divide advantages by the group's std
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence: GSPO
     epsilon: float = 0.2  # clips the probability ratio below, at 1 - epsilon (not in cispo)
-    epsilon_high: float = 0.28  # clips the probability ratio above, at 1 + epsilon_high (DAPO's clip-higher)
+    epsilon_high: float = 0.28  # clips the probability ratio above, at 1 + epsilon_high
     beta: float = 0.0  # weight of the per-token KL to the initial model
     num_iterations: int = 1  # optimizer steps per rollout (mu in GRPO); 1: on-policy
     mask_truncated_completions: bool = False  # no loss on cut-off completions (DAPO)
 
 
+class UserError(Exception):
+    """A flag, file or row that the user must correct. Shown as one line, without traceback."""
+
+
+# ==================================================================================================
+# Method: advantages, loss, learning rate
+# ==================================================================================================
+
+
 def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:
-    """Rewards (P, G) minus their group's mean; "group" also divides by its std (ddof 1) + 1e-4, as in TRL."""
+    """Rewards (P, G) relative to the mean of their group.
+
+    "group" also divides by the group's standard deviation (ddof 1) + 1e-4, as TRL does.
+    """
+    rewards = rewards.double()  # sums of equal rewards are exact, so their advantages are exactly 0
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_rewards == "group":
-        advantages /= rewards.std(1, keepdim=True) + 1e-4
-    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)  # exactly 0, no rounding noise
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    elif scale_rewards != "none":
+        raise ValueError(f"unknown scale_rewards {scale_rewards!r}")
+    return advantages.float()
 
 
 def grpo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, epsilon_low: float, epsilon_high: float,
-    loss_type: str, ref_logprobs: Tensor | None = None, beta: float = 0.0, max_completion_length: int | None = None,
-    importance_sampling_level: str = "token", num_tokens: float | None = None, num_sequences: float | None = None,
+    logprobs: Tensor,  # (B, T), of the policy, with gradient
+    old_logprobs: Tensor,  # (B, T), before the first update on this rollout
+    advantages: Tensor,  # (B,)
+    mask: Tensor,  # (B, T), True for the tokens that count
+    epsilon_low: float,
+    epsilon_high: float,
+    loss_type: str,
+    ref_logprobs: Tensor | None = None,  # (B, T), of the initial model; needed if beta > 0
+    beta: float = 0.0,
+    max_completion_length: int | None = None,  # needed by dr_grpo
+    importance_sampling_level: str = "token",
+    num_tokens: Tensor | float | None = None,  # of the whole update; None: of this micro-batch
+    num_sequences: int | None = None,  # of the whole update; None: of this micro-batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimize, and statistics (means over tokens). Inputs are (B, T), advantages (B,).
-    num_tokens and num_sequences count the whole update, so that losses of micro-batches and processes add up.
-    On-policy the loss is minus the mean advantage, about 0 (CISPO's is not), but its gradient is not 0.
-    The KL term is k2 (joschu.net/blog/kl-approx), log(pi / pi_ref)^2 / 2, times the detached ratio: its gradient is
-    the per-token reverse KL's, even off-policy (k1's and k3's are not). Effects on later tokens' KL are ignored."""
-    num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
-    num_sequences = len(mask) if num_sequences is None else num_sequences
+    """The loss to minimize, and statistics by name, which are means over tokens.
+
+    Divisors count the whole update, so the losses (and statistics) of its micro-batches add up to
+    its own. The value of the loss measures nothing: on-policy, dapo's is minus the mean advantage
+    of a token. Only its gradient matters.
+    """
+    if num_tokens is None:
+        num_tokens = mask.sum().clamp(min=1)
+    if num_sequences is None:
+        num_sequences = len(mask)
+    advantages = advantages.unsqueeze(1)  # (B, 1)
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
-    ratio = log_ratio.exp()
-    if importance_sampling_level == "sequence":
-        ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(mask)  # GSPO eq. 7
-    advantages = advantages[:, None]  # (B, 1)
-    too_low = (ratio < 1 - epsilon_low) & (advantages < 0)
-    too_high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    losses = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
-    if loss_type == "cispo":  # MiniMax-M1, eq. 4 and 5: detached weight, no lower bound
-        too_low, too_high = torch.zeros_like(mask), ratio > 1 + epsilon_high
-        losses = -ratio.clamp(max=1 + epsilon_high).detach() * advantages * logprobs
-    if beta:
-        log_ratio_ref = torch.where(mask, logprobs - ref_logprobs, 0.0)
-        losses += beta * log_ratio.detach().exp() * log_ratio_ref.square() / 2  # the token's ratio, also in GSPO
-    losses = torch.where(mask, losses, 0.0)
-    if loss_type == "grpo":
-        loss = (losses / lengths).sum() / num_sequences  # GRPO eq. 3
-    elif loss_type == "dr_grpo":
-        loss = losses.sum() / (num_sequences * max_completion_length)  # Dr. GRPO, appendix C
+    lower = 1 - epsilon_low
+    upper = 1 + epsilon_high
+
+    # The ratio of probabilities: of a token, or the geometric mean of a completion (GSPO, eq. 7).
+    if importance_sampling_level == "token":
+        ratio = log_ratio.exp()  # (B, T)
+    elif importance_sampling_level == "sequence":
+        mean_log_ratio = log_ratio.sum(1, keepdim=True) / lengths  # (B, 1)
+        ratio = mean_log_ratio.exp().expand_as(mask)  # (B, T)
     else:
-        loss = losses.sum() / num_tokens  # DAPO eq. 8
+        raise ValueError(f"unknown importance_sampling_level {importance_sampling_level!r}")
+
+    # The loss of each token.
+    if loss_type == "cispo":  # MiniMax-M1, eq. 4 and 5: a detached weight, no lower bound
+        losses = -ratio.clamp(max=upper).detach() * advantages * logprobs  # (B, T)
+        too_low = torch.zeros_like(mask)
+        too_high = ratio > upper
+    else:
+        clipped = ratio.clamp(lower, upper)
+        losses = -torch.min(ratio * advantages, clipped * advantages)  # (B, T)
+        too_low = (ratio < lower) & (advantages < 0)
+        too_high = (ratio > upper) & (advantages > 0)
     stats = {
         "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3 estimate of KL(pi_old || pi)
-        "train/clip_ratio/low_mean": too_low, "train/clip_ratio/high_mean": too_high,
-        "train/clip_ratio/region_mean": too_low | too_high,
+        "train/entropy": -logprobs,  # its estimate from the sampled tokens
+        "train/clip_ratio/low_mean": too_low,
+        "train/clip_ratio/high_mean": too_high,
     }
-    if beta:
+
+    # The KL term is k2, log(pi / pi_ref)^2 / 2, times the detached ratio. Its gradient is that of
+    # the reverse KL of a token, also off-policy. GRPO's paper has k3 here, whose gradient is that
+    # of the forward KL (joschu.net/blog/kl-approx; arXiv:2510.01555).
+    if beta > 0:
+        log_ratio_ref = torch.where(mask, logprobs - ref_logprobs, 0.0)  # (B, T)
+        kl = log_ratio.detach().exp() * log_ratio_ref.square() / 2
+        losses = losses + beta * kl
         stats["train/kl"] = torch.exp(-log_ratio_ref) - 1 + log_ratio_ref  # k3, as TRL logs it
-    return loss, {name: torch.where(mask, x.detach(), 0.0).sum() / num_tokens for name, x in stats.items()}
+
+    # The weight of each token: see the table at the top of this file.
+    losses = torch.where(mask, losses, 0.0)
+    if loss_type == "grpo":  # GRPO, eq. 3
+        loss = (losses / lengths).sum() / num_sequences
+    elif loss_type == "dr_grpo":  # Dr. GRPO, appendix C
+        loss = losses.sum() / (num_sequences * max_completion_length)
+    elif loss_type in ("dapo", "cispo"):  # DAPO, eq. 8
+        loss = losses.sum() / num_tokens
+    else:
+        raise ValueError(f"unknown loss_type {loss_type!r}")
+
+    means = {"train/loss": loss.detach()}
+    for name, values in stats.items():
+        means[name] = torch.where(mask, values.detach(), 0.0).sum() / num_tokens
+    return loss, means
 
 
-def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
-    """Fraction of the peak rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
-    elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
-    return decay * min(1.0, (step + 1) / (warmup_steps + 1))
+def lr_factor(args: Args, update: int) -> float:
+    """Fraction of the peak learning rate at an optimizer step. It is never 0."""
+    if update < args.warmup_steps:
+        return (update + 1) / (args.warmup_steps + 1)
+    num_updates = args.max_steps * args.num_iterations
+    elapsed = (update - args.warmup_steps) / (num_updates - args.warmup_steps)  # 0 <= elapsed < 1
+    if args.lr_scheduler_type == "linear":
+        return 1 - elapsed
+    if args.lr_scheduler_type == "cosine":
+        return (1 + math.cos(math.pi * elapsed)) / 2
+    return 1.0
 
 
-# ---- Rewards: edit these. Each returns a number, or None where it does not apply.
-NUMBER = r"(?:(?<![\d.)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"  # 7, -3, 1,200.5, .5
-MARKED = re.compile(r"####(?![#\s*]*(?:[^\W\d_]|\d+[.)] +\S))\s*(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # #### 12
-SHOWN_WORK = re.compile(r"\S.*?(?:####|\\boxed\{|=)\s*\\?\$?\s*-?\d", re.DOTALL)  # 7+5=12, so #### 12
+# ==================================================================================================
+# Prompts and rewards: edit these.
+#
+# A reward function has TRL's signature. It gets lists with one entry for each completion: prompts,
+# completions, completion_ids and every column of the dataset. It returns a list of numbers, with
+# None where it does not apply. Prompts and completions are texts, or lists of turns {"role",
+# "content"} where make_prompt returns such lists. Among the keywords are also trainer_state (with
+# global_step and max_steps), log_metric(name, value) for a curve, log_extra(column, values) for
+# the sample texts, and evaluation, True where held-out prompts are scored. A function that learns
+# must not learn then, and what it has learned is not saved: --resume is exact without such a state.
+# ==================================================================================================
 
 
-def extract_number(text: str) -> float | None:
-    """The number in the last answer marked by `#### N` or `\\boxed{N}` (a unit may follow), else the last number.
-    None if there is none or the marked answer is a formula."""
-    text = text.replace("\u2212", "-").replace("{,}", ",")
-    found = re.findall(NUMBER, text)
-    if marked := MARKED.findall(text):
-        content = re.sub(r"\\text|[$\u20ac\\*{}]", "", "".join(marked[-1])).strip()
-        found = re.findall(rf"^({NUMBER})\s*%?(?:\s[^\d+*/^=]*)?[.,]?$", content)
-    return float(found[-1].replace(",", "")) if found else None
+def make_prompt(row: dict) -> str | list[dict]:
+    """The prompt of a row. A text is the turn of a user if the model has a chat template."""
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    if row.get("question") is not None:  # GSM8K
+        return row["question"] + "\nThink step by step. Write the final answer in \\boxed{}."
+    if row.get("messages"):  # a conversation whose last turn may be the answer
+        messages = row["messages"]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return messages
+    raise UserError(f"it has no `prompt`, `question` or `messages`, but {sorted(row)}")
 
 
-def accuracy_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion's final number is the answer's, else 0. None if the answer neither is nor marks a number."""
-    has_number = answer and (MARKED.search(answer) or re.fullmatch(NUMBER, answer.strip()))
-    expected = extract_number(answer) if has_number else None
-    return None if expected is None else float(extract_number(completion) == expected)
+def accuracy_reward(completions, answer=None, solution=None, **columns) -> list[float | None]:
+    """1 if the number that a completion ends with is the answer, else 0. None without a number."""
+    if answer is None:
+        answer = solution
+    rewards = []
+    for completion, reference in zip(completions, answer, strict=True):
+        expected = reference_number(reference)
+        reward = None
+        if expected is not None:
+            reward = float(completion_number(to_text(completion)) == expected)
+        rewards.append(reward)
+    return rewards
 
 
-def format_reward(prompt: str, completion: str, answer: str | None) -> float | None:
-    """1 if the completion shows work before a result marked by `####`, `\\boxed{` or `=`, else 0."""
-    return float(bool(SHOWN_WORK.match(completion.strip())))
+def format_reward(completions, **columns) -> list[float]:
+    """1 if a completion shows work before its result, as in `6+5=11;161` or `... #### 161`."""
+    rewards = []
+    for completion in completions:
+        text = to_text(completion)
+        rewards.append(float(re.search(r"\S\s*(=|####|\\boxed|<answer>)", text) is not None))
+    return rewards
 
 
-REWARDS = ((accuracy_reward, 1.0), (format_reward, 0.0))  # (function, weight); weight 0 only logs
+REWARDS = {  # name: (function, weight); weight 0 only logs
+    "accuracy": (accuracy_reward, 1.0),
+    "format": (format_reward, 0.0),
+}
 
 
-def score_completions(samples: list[dict], reward_model: Callable | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rewards (B,) of samples {prompt, text, answer, ...}, and each function's by name (B,), nan for None."""
-    parts = {}
-    for function, _ in REWARDS:
-        values = [function(s["prompt"], s["text"], s["answer"]) for s in samples]
-        parts[function.__name__] = torch.tensor([math.nan if x is None else float(x) for x in values])
-    weighted = [weight * parts[function.__name__] for function, weight in REWARDS if weight]
-    if reward_model:
-        parts["reward_model"] = reward_model(samples)
-        weighted.append(parts["reward_model"])
-    table = torch.stack(weighted)  # (rewards, B)
-    for i in (table.isnan().all(0) | table.isinf().any(0)).nonzero():
-        raise ValueError("no finite reward for {prompt!r}; its column `answer`: {answer!r}".format(**samples[i]))
-    return table.nansum(0), parts
+@dataclass
+class RewardLog:
+    """What reward functions log beside their rewards."""
+
+    metrics: dict = field(default_factory=dict)  # lists of numbers
+    columns: dict = field(default_factory=dict)  # lists with a value for each completion
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: list) -> None:
+        self.columns[column] = values
 
 
-def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 520 are held out, whatever the seed, b+a along with a+b."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
-    random.Random(0).shuffle(pairs)
-    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
-    return sum(rows[262:], []), sum(rows[:262], [])  # 262 unordered pairs are 520 sums
+def score(args: Args, samples: list["Sample"], step: int, evaluation: bool):
+    """Call the reward functions.
+
+    Returns the weighted sums of rewards (P * G,), where None counts 0; the rewards by function
+    (P * G,), nan for None; and the RewardLog.
+    """
+    columns = {}
+    for name in samples[0].example.row:
+        columns[name] = [sample.example.row[name] for sample in samples]
+    log = RewardLog()
+    rewards = torch.zeros(len(samples))
+    is_missing = torch.ones(len(samples), dtype=torch.bool)
+    by_name = {}
+    for name, (function, weight) in REWARDS.items():
+        values = function(
+            prompts=[sample.example.prompt for sample in samples],
+            completions=[sample.completion for sample in samples],
+            completion_ids=[sample.completion_ids for sample in samples],
+            trainer_state=SimpleNamespace(global_step=step, max_steps=args.max_steps),
+            log_metric=log.log_metric,
+            log_extra=log.log_extra,
+            evaluation=evaluation,
+            **columns,
+        )
+        if inspect.iscoroutine(values):  # an async function
+            values = asyncio.run(values)
+        numbers = [math.nan if value is None else float(value) for value in values]
+        by_name[name] = torch.tensor(numbers)  # (P * G,)
+        if len(numbers) != len(samples) or by_name[name].isinf().any():
+            raise UserError(f"REWARDS: {name} must return a finite number or None per completion")
+        if weight != 0:
+            rewards += weight * by_name[name].nan_to_num()
+            is_missing &= by_name[name].isnan()
+    if is_missing.any():
+        raise UserError(
+            f"REWARDS: none of {list(REWARDS)} with a weight applies to some completion"
+        )
+    return rewards, by_name, log
 
 
-def demonstrate(row: dict, rng: random.Random) -> str:
-    """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum directly, forgets the units' carry, and half the time is also off by one."""
-    a, b = map(int, row["prompt"][:-1].split("+"))
-    hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
-    return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
+# ==================================================================================================
+# Answers: a number is read whole or not at all
+# ==================================================================================================
+
+NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+|(?<=\d)\.?)(e[+-]?\d+)?", re.IGNORECASE)
+BOXED = re.compile(r"((?:[^{}]|\{[^{}]*\})*)\}")  # what follows \boxed{
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")  # \mathbf{42}, \text{cm}
+SYMBOLS = re.compile(r"\\[,;! ]|\^\\circ|\\?[$%]|[*\u00a3\u20ac\u00b0]")  # 5\,cm, 90^\circ, \$5
 
 
-def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
-    """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )).to(device)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), random.Random(seed)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
-    for _ in trange(steps, desc="supervised", leave=False):
-        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
-        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-        labels[:, : len("47+85=")] = -100  # no loss on the prompt
-        model(input_ids=ids, labels=labels).loss.backward()  # causal: right padding needs no mask
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def to_text(message: str | list[dict]) -> str:
+    if isinstance(message, str):
+        return message
+    return "\n".join(turn["content"] for turn in message)
 
 
-def load_pretrained(name: str, flag: str = "--model-name-or-path", auto_class: type = AutoModelForCausalLM) -> tuple:
-    """A model in fp32 (bf16 would round small updates away), without dropout, and its tokenizer."""
-    try:
-        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
-        for part in (config, config.get_text_config()):
-            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
-        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name} is not a model with its tokenizer (of a run, use model/): {error}") from None
-    if report["missing_keys"]:
-        raise ValueError(f"{flag} {name} has no weights for {sorted(report['missing_keys'])[:3]}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths, not from ids
-    return model, tokenizer
+def marked_answer(text: str) -> str | None:
+    """The last answer in `\\boxed{7}`, `#### 7`, `<answer>7</answer>`. None if there is no mark.
+
+    <answer> may hold one of the others, and \\boxed goes before ####, which also begins headings.
+    """
+    answer = None
+    if "<answer>" in text:
+        answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
+        text = answer
+    if "\\boxed{" in text:
+        box = BOXED.match(text.rpartition("\\boxed{")[2])
+        answer = ""  # cut off, or three braces deep
+        if box is not None:
+            answer = box[1]
+    elif "####" in text:
+        answer = text.rpartition("####")[2].partition("\n")[0]
+    return answer
 
 
-def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Training and test rows of --dataset-name. Only a split named "test" may be missing."""
-    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-    if kind is None and Path(name).is_file():
-        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
-    datasets.disable_progress_bars()
-    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    if unknown := {train, test} - {"test", *splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {unknown.pop()} is not one of {sorted(splits)}")
-    return list(splits[train]), list(splits.get(test, ()))
+def to_number(text: str) -> float | None:
+    """The number that a text is as a whole; a name and a unit may stand beside it. Else None.
+
+    7  -3  +3  1,200.5  .5  1e-05  $18  18 km/h  x = 42  90^\\circ  5\\,\\text{cm}  **72**  15%
+    """
+    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
+    text = TEXT_COMMAND.sub(r" \1", text)
+    text = SYMBOLS.sub(" ", text)
+    name, _, value = text.rpartition("=")
+    number, _, unit = value.strip().replace("- ", "-").partition(" ")
+    unit = re.sub(r"\^\{?[23]\}?", "", unit)  # cm^2
+    number = number.rstrip(",.")
+    is_number = NUMBER.fullmatch(number) is not None
+    if not is_number or re.search(r"[<>=!]", name) or re.search(r"[\d+*^<>\\]", unit):
+        return None  # 3/4, 2x; x >= 3; 3 + x, 12 or 13
+    return float(number.replace(",", ""))
 
 
-def encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length: float) -> list[dict]:
-    """Examples {prompt, turns, answer, ids} from TRL's columns (`prompt` or `messages`, `answer` or `solution`) or
-    GSM8K's (`question`, `answer`), without prompts that are too long or have unknown characters."""
-    examples = []
-    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
-    for number, row in enumerate(rows, 1):
-        turns = next((row[key] for key in ("prompt", "question", "messages") if row.get(key) is not None), None)
-        turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
-        if not all(isinstance(x, dict) and "role" in x and isinstance(x.get("content"), str) for x in turns):
-            raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs a `prompt`: text or turns")
-        if turns and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]  # `messages` may include the answer
-        prompt = "\n".join(turn["content"] for turn in turns)
-        if turns and tokenizer.chat_template is not None:
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        else:
-            ids = tokenizer(prompt).input_ids
-            ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append EOS
-        answer = next((str(row[key]) for key in ("answer", "solution") if row.get(key) is not None), None)
-        if prompt.strip() and len(ids) <= max_length and not unknown & {*ids}:
-            examples.append({"prompt": prompt, "turns": turns, "answer": answer, "ids": ids})
-    if (left_out := len(rows) - len(examples)) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{left_out} of {len(rows)} prompts are left out: empty, over {max_length} tokens, or not encodable")
-    return examples
+def reference_number(answer) -> float | None:
+    """The number of a dataset's answer: `18`, `... #### 18`, `\\boxed{18}`. None if it is none."""
+    marked = marked_answer(str(answer))
+    if marked is None:
+        marked = str(answer)
+    return to_number(marked)
 
 
-def load_reward_model(args: Args, device: torch.device) -> Callable:
-    """A function from samples {prompt, turns, text, ...} to the logits (B,) of a sequence classifier, with its own
-    tokenizer and chat template, in fp32: bf16 scores between 4 and 8 are 1/32 apart."""
-    flag = "--reward-model-path"
-    model, tokenizer = load_pretrained(args.reward_model_path, flag, AutoModelForSequenceClassification)
-    config, has_own_pad = model.to(device).config, tokenizer.pad_token_id != tokenizer.eos_token_id
-    if config.num_labels != 1 or not has_own_pad or (args.normalize_reward_model and not hasattr(config, "reward_std")):
-        raise ValueError(f"{flag} needs one logit, a pad token besides EOS and, to normalize, reward_std in its config")
-    config.pad_token_id = tokenizer.pad_token_id  # so that transformers finds the last token
-    tokenizer.truncation_side = "right"
-    plain = tokenizer.chat_template is None
-    max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**20))
-
-    @torch.no_grad()
-    def score(samples: list[dict]) -> Tensor:
-        texts = [s["prompt"] + s["text"] for s in samples]
-        if not plain:
-            chats = [[*s["turns"], {"role": "assistant", "content": s["text"]}] for s in samples]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        ids = tokenizer(texts, add_special_tokens=plain, truncation=True, max_length=max_length).input_ids
-        scores, lengths = torch.zeros(len(ids)), torch.tensor([*map(len, ids)])
-        for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")
-            scores[mb] = model(**inputs.to(device)).logits[:, 0].cpu()
-        return (scores - config.reward_mean) / config.reward_std if args.normalize_reward_model else scores
-
-    return score
+def completion_number(text: str) -> float | None:
+    """The marked answer; without a mark the last number. None if that is not plainly a number."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return to_number(marked)
+    words = re.sub("[=;]", " ", text).split()  # 6+5=11;161
+    positions = [i for i, word in enumerate(words) if re.search(r"\d", word)]
+    if not positions:
+        return None
+    last = positions[-1]
+    if words[last - 1] in ("+", "-", "*", "/", "^", "or"):  # 12 or 13, 3 / 4
+        return None
+    return to_number(words[last].strip("()!?,:'\""))
 
 
-class KeyValueCache(DynamicCache):
-    """Keys take the values' dtype: autocast leaves RoPE's keys in fp32, which SDPA would cast again at every token."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+# ==================================================================================================
+# Sampling and log-probabilities
+# ==================================================================================================
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) from softmax(logits / temperature) and their logprobs (B,). Temperature 0: the argmax, and its
-    logprob at temperature 1. Inverts the CDF at uniform (B,), so draws do not depend on the batch: first a chunk of 128
-    tokens, then a token in it. fp64 keeps the tail of a large vocabulary. Overwrites logits (B, V)."""
-    if logits.shape[1] % 128:
-        logits = nn.functional.pad(logits, (0, -logits.shape[1] % 128), value=-torch.inf)
-    logits = logits.float().div_(temperature or 1.0)
-    probs = logits.sub_(logits.amax(1, keepdim=True)).exp_()  # (B, V), up to a factor
-    chunks = probs.unflatten(1, (-1, 128))  # (B, C, 128)
-    sums = chunks.sum(2).double()  # (B, C)
-    cdf = sums.cumsum(1)
-    goal = uniform[:, None] * cdf[:, -1:]  # (B, 1)
-    chunk = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
-    inside = chunks.take_along_dim(chunk[:, :, None], 1)[:, 0].double().cumsum(1)  # (B, 128)
-    share = ((goal - cdf.gather(1, chunk)) / sums.gather(1, chunk) + 1).clamp(0, 1 - 1e-15)  # (B, 1), inside the chunk
-    token = 128 * chunk + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+def pick_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Tokens (A,) drawn from softmax(logits (A, V) / temperature); the best if temperature is 0.
+
+    Inverts the cumulative distribution at uniform (A,), so a draw does not depend on the rest of
+    the batch. fp64 keeps the tail of a large vocabulary.
+    """
     if temperature == 0:
-        token = probs.argmax(1, keepdim=True)
-    return token[:, 0], (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0].float()
+        return logits.argmax(1)
+    probs = (logits.float() / temperature).softmax(1)  # (A, V)
+    cdf = probs.double().cumsum(1)  # (A, V)
+    total = cdf[:, -1:]  # (A, 1), 1 up to rounding
+    if total.isnan().any():
+        raise UserError(
+            "the model's logits are not numbers: lower --learning-rate, or use --no-bf16"
+        )
+    goal = uniform.unsqueeze(1) * torch.nextafter(total, torch.zeros_like(total))  # below the total
+    return torch.searchsorted(cdf, goal, right=True).squeeze(1)
 
 
 @torch.no_grad()
-def sample(
-    model: PreTrainedModel, query: Tensor, attention_mask: Tensor, G: int, T: int, temperature: float,
-    stop_ids: list[int], pad_id: int, generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample G completions of each left-padded prompt in query (P, L_q) from softmax(logits / temperature),
-    ignoring the generation config, up to and including a stop id, or to T tokens.
-    Returns response, logprobs (fp32) and mask (P*G, T), grouped by prompt."""
+def generate(
+    model, prompts: list[list[int]], uniform: Tensor, temperature: float, stop_ids: list[int]
+) -> list[list[int]]:
+    """Sample G completions of each prompt, those of a prompt together.
+
+    The shape of the random numbers, uniform (P, G, T), says how many and how long: a completion
+    ends with its first stop token, or after T tokens. The model's generation settings are ignored.
+    """
     model.eval()  # in training mode, gradient checkpointing drops the cache
-    B, device = len(query) * G, query.device
-    uniform = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
-    response, logprobs = torch.full((B, T), pad_id, device=device), torch.zeros(B, T, device=device)
-    mask, stop = torch.zeros(B, T, dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
-    cache, ids, padded = KeyValueCache(config=model.config), query, not attention_mask.all()
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (P, L_q)
-    active = torch.arange(B, device=device)  # (b,), unfinished
-    for t in range(T):
+    device = model.device
+    num_prompts, num_generations, max_length = uniform.shape
+    uniform = uniform.flatten(0, 1).to(device)  # (P * G, T)
+    stop = torch.tensor(stop_ids, device=device)
+    completions = [[] for _ in range(num_prompts * num_generations)]
+    active = torch.arange(len(completions), device=device)  # (A,), the completions that go on
+    cache = DynamicCache(config=model.config)
+    input_ids, mask = pad_left(prompts, device)  # (P, L)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # (P, L)
+    for t in range(max_length):
         logits = model(
-            input_ids=ids, attention_mask=attention_mask if padded else None, position_ids=position_ids,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # (b, V), at t = 0 (P, V)
-        if t == 0:  # prompts were read once; now repeat them
-            source = active // G  # (B,)
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (A, V); at t = 0 (P, V)
+        if t == 0:  # each prompt was read once: repeat it for its completions
+            source = active // num_generations  # (A,)
             cache.reorder_cache(source)
-            logits, attention_mask, position_ids = logits[source], attention_mask[source], position_ids[source, -1:]
-        token, logprob = sample_tokens(logits, uniform[active, t], temperature)  # (b,), (b,)
-        response[active, t], logprobs[active, t], mask[active, t] = token, logprob, True
-        kept = (~torch.isin(token, stop)).nonzero()[:, 0]  # the others leave the batch
-        if len(kept) == 0:
+            logits = logits[source]  # (A, V)
+            mask = mask[source]  # (A, L)
+            position_ids = position_ids[source, -1:]  # (A, 1)
+        tokens = pick_tokens(logits, uniform[active, t], temperature)  # (A,)
+        for i, token in zip(active.tolist(), tokens.tolist()):
+            completions[i].append(token)
+
+        # Completions leave the batch when they end.
+        goes_on = ~torch.isin(tokens, stop)  # (A,)
+        if not goes_on.any():
             break
-        if len(kept) < len(active):
+        if not goes_on.all():
+            kept = goes_on.nonzero().squeeze(1)
             cache.reorder_cache(kept)
-            active, token = active[kept], token[kept]
-            attention_mask, position_ids = attention_mask[kept], position_ids[kept]
-        ids, position_ids = token[:, None], position_ids + 1  # (b, 1) each
-        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)  # (b, L_q + t + 1)
-    return response[:, : t + 1], logprobs[:, : t + 1], mask[:, : t + 1]
+            active = active[kept]
+            tokens = tokens[kept]
+            mask = mask[kept]
+            position_ids = position_ids[kept]
+        input_ids = tokens.unsqueeze(1)  # (A, 1)
+        position_ids = position_ids + 1  # (A, 1)
+        mask = nn.functional.pad(mask, (0, 1), value=1)  # (A, L + t + 1)
+    return completions
 
 
-TILE = {"cpu": 2**20, "cuda": 2**26}  # logits per tile: fits a CPU's cache, fills a GPU
+def pad_left(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Token ids (P, L) and the mask of the real ones, 1 or 0. The pad id is 0: all models have it."""
+    rows = [torch.tensor(ids) for ids in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    return input_ids.to(device), mask.to(device)
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature)[target], (N,) in fp32, from hidden (N, H), weight (V, H) and target
-    (N,), in tiles of the vocabulary, so that no (N, V) tensor exists."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-        kind, size = hidden.device.type, max(1, TILE[hidden.device.type] // len(hidden))
-        h = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)  # (N, H)
-        logit, logsumexp = torch.full((2, len(h)), -torch.inf, device=h.device)  # (N,), (N,)
-        for tile, w in enumerate(weight.split(size)):
-            logits = (h @ w.to(h.dtype).T).float().div_(temperature)  # (N, size)
-            logsumexp = torch.logaddexp(logsumexp, logits.logsumexp(1))
-            rows = (target // size == tile).nonzero()[:, 0]  # those whose target is in this tile
-            logit[rows] = logits[rows, target[rows] % size]
-        ctx.save_for_backward(h, weight, target, logsumexp)
-        ctx.temperature, ctx.size = temperature, size
-        return logit - logsumexp
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        h, weight, target, logsumexp = ctx.saved_tensors
-        d_hidden, d_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)  # (N, H), (V, H)
-        for tile, (w, d_w) in enumerate(zip(weight.split(ctx.size), d_weight.split(ctx.size))):
-            w = w.to(h.dtype)  # (size, H)
-            # d logprob / d logits = onehot(target) - softmax, in fp32: near 1 the two cancel
-            d = (h @ w.T).float().div_(ctx.temperature).sub_(logsumexp[:, None]).exp_().neg_()  # (N, size)
-            rows = (target // ctx.size == tile).nonzero()[:, 0]
-            d[rows, target[rows] % ctx.size] += 1
-            d = d.mul_(grad[:, None] / ctx.temperature).to(h.dtype)
-            d_hidden += d @ w
-            d_w.copy_(d.T @ h)
-        return d_hidden, d_weight, None, None
+def make_batch(prompts: list[list[int]], completions: list[list[int]], device) -> dict[str, Tensor]:
+    """Rows of prompt + completion, padded on the right with id 0. Masks come from lengths."""
+    rows = []
+    is_completion = []
+    mask = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        row = torch.tensor(prompt + completion)
+        rows.append(row)
+        is_completion.append(torch.arange(len(row)) >= len(prompt))
+        mask.append(torch.ones(len(completion), dtype=torch.bool))
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True).to(device),  # (B, L + T)
+        "is_completion": pad_sequence(is_completion, batch_first=True).to(device),  # (B, L + T)
+        "mask": pad_sequence(mask, batch_first=True).to(device),  # (B, T)
+    }
 
 
-def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may be a tree (see completion_states). Not with sliding windows, ALiBi or linear attention."""
-    config = model.config.get_text_config()
-    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
-    return not unusual and model.config._attn_implementation == "sdpa"
+def completion_logprobs(model, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """Log-probabilities (B, T) of the completions' tokens in fp32, 0 after each one's end.
+
+    A causal model needs no mask where rows are padded on the right.
+    """
+    # The logits at position t predict token t + 1. With a boolean mask, logits_to_keep returns
+    # those of the True positions alone, as (N, V) (slice_logits_to_keep in transformers).
+    is_target = batch["is_completion"][:, 1:]  # (B, L + T - 1)
+    targets = batch["input_ids"][:, 1:][is_target]  # (N,)
+    outputs = model(batch["input_ids"][:, :-1], logits_to_keep=is_target, use_cache=False)
+    logits = outputs.logits.float() / temperature  # (N, V)
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # (N,)
+    logprobs = torch.zeros(batch["mask"].shape, device=losses.device)  # (B, T)
+    return logprobs.masked_scatter(batch["mask"], -losses)
 
 
-def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
-    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt, then K branches. Each sees only the prompt and itself; positions follow the prompt's."""
-    K, device = len(completions) // len(prompts), model.device
-    if K > 1 and not fits_tree(model):
-        prompts, K = [p for p in prompts for _ in range(K)], 1
-    rows, predictors = [], []  # (token, position, branch); (row, index) of predicting tokens
-    for r, prompt in enumerate(prompts):
-        row = [(token, t, 0) for t, token in enumerate(prompt)]
-        for branch, completion in enumerate(completions[r * K : r * K + K], 1):
-            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
-            predictors += [(r, index) for index in indices[: len(completion)]]  # none if it is empty
-            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
-        rows.append(torch.tensor(row))
-    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
-    inputs = {"input_ids": ids, "use_cache": False}
-    if K > 1:  # else causal attention suffices: right padding needs no mask
-        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, query, key)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
-        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
-    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
-    return hidden[torch.tensor(predictors, device=device).unbind(1)]
+@torch.no_grad()
+def reference_logprobs(model, reference, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """Those of the initial model. With LoRA (reference None), the policy without its adapters."""
+    if reference is not None:
+        return completion_logprobs(reference, batch, temperature)
+    model.disable_adapters()
+    logprobs = completion_logprobs(model, batch, temperature)
+    model.enable_adapters()
+    return logprobs
 
 
-def completion_logprobs(model: PreTrainedModel, prompts: list, completions: list, temperature: float) -> Tensor:
-    """Log-probabilities (B, T) in fp32 of B completions, grouped by prompt; 0 after their end."""
-    hidden = completion_states(model, prompts, completions)  # (N, H)
-    target = torch.tensor(sum(completions, []), device=model.device)  # (N,)
-    logprobs = TokenLogprobs.apply(hidden, model.get_output_embeddings().weight, target, temperature)  # (N,)
-    return pad_sequence(logprobs.split([*map(len, completions)]), batch_first=True)
+# ==================================================================================================
+# Training
+# ==================================================================================================
 
 
-def pack(model: PreTrainedModel, samples: list[dict], G: int, max_tokens: int) -> list[tuple]:
-    """Micro-batches of about max_tokens for completion_logprobs: (indices of samples, prompts, completions).
-    K of a prompt's G completions share a row, which computes the prompt once, but attention is dense over its
-    L = L_q + K T tokens: 4 L^2 H FLOPs per layer, plus 24 L H^2 for weights. K = best_K is cheapest per completion."""
-    L_q, T = (sum(len(s[key]) for s in samples) / len(samples) for key in ("ids", "completion"))
-    best_K = math.sqrt(L_q * (L_q + 6 * model.config.get_text_config().hidden_size)) / T if fits_tree(model) else 1
-    K = max(K for K in range(1, G + 1) if K == 1 or (G % K == 0 and K <= best_K and L_q + K * T <= max_tokens))
-    rows = [samples[i : i + K] for i in range(0, len(samples), K)]
-    lengths = [len(row[0]["ids"]) + sum(len(s["completion"]) for s in row) for row in rows]
-    batches = []
-    for r in sorted(range(len(rows)), key=lengths.__getitem__):  # similar lengths need little padding
-        if not batches or (len(batches[-1][1]) + 1) * lengths[r] > max_tokens:
-            batches.append(([], [], []))
-        indices, prompts, completions = batches[-1]
-        indices += range(r * K, r * K + K)
-        prompts.append(rows[r][0]["ids"])
-        completions += [s["completion"] for s in rows[r]]
-    return batches
+@dataclass
+class Example:
+    """A row of the dataset, ready to be sampled from."""
+
+    row: dict
+    prompt: str | list
+    prompt_ids: list
 
 
-def gather(values: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Each tensor (n,) from all processes in rank order, (world_size * n,), in fp32."""
-    values = {name: x.float().to(device) for name, x in values.items()}
-    if dist.is_initialized():
-        for name, x in values.items():
-            values[name] = x.new_empty(dist.get_world_size() * len(x))
-            dist.all_gather_single(values[name], x)
-    return values
+@dataclass
+class Sample:
+    """A completion of an example."""
+
+    example: Example
+    completion: str | list
+    completion_ids: list
+    is_truncated: bool  # at the maximal length, without a stop token
+
+
+def rollout(
+    args: Args,
+    model,
+    tokenizer,
+    stop_ids: list[int],
+    examples: list[Example],
+    numbers: range,  # which of the examples; with the purpose, a number seeds its completions
+    purpose: str,
+    num_generations: int,
+    temperature: float,
+) -> list[Sample]:
+    """Sample completions of examples, those of an example together."""
+    prompts_at_once = max(1, args.rollout_batch_size // num_generations)
+    completions = []
+    for start in range(0, len(numbers), prompts_at_once):
+        prompts = []
+        uniform = []
+        for number in numbers[start : start + prompts_at_once]:
+            prompts.append(examples[number].prompt_ids)
+            generator = torch.Generator().manual_seed(named_seed(args.seed, purpose, number))
+            shape = (num_generations, args.max_completion_length)
+            uniform.append(torch.rand(shape, dtype=torch.float64, generator=generator))
+        with autocast(args, model.device):
+            completions += generate(
+                model,
+                prompts=prompts,
+                uniform=torch.stack(uniform),  # (P, G, T)
+                temperature=temperature,
+                stop_ids=stop_ids,
+            )
+
+    samples = []
+    for i, completion_ids in enumerate(completions):
+        example = examples[numbers[i // num_generations]]
+        completion = decode(tokenizer, example.prompt_ids, completion_ids)
+        if isinstance(example.prompt, list):
+            completion = [{"role": "assistant", "content": completion}]
+        is_truncated = completion_ids[-1] not in stop_ids
+        samples.append(Sample(example, completion, completion_ids, is_truncated))
+    return samples
+
+
+def evaluate(
+    args: Args,
+    model,
+    tokenizer,
+    stop_ids: list[int],
+    examples: list[Example],
+    numbers: range,  # those that this process evaluates
+    step: int,
+    writer: SummaryWriter | None,
+) -> dict[str, float]:
+    """Mean rewards of the held-out examples: sampled at temperature 1, and greedy."""
+    metrics = {}
+    for suffix, k, temperature in [("_greedy", 1, 0.0), ("", args.eval_generations, 1.0)]:
+        samples = rollout(
+            args,
+            model,
+            tokenizer,
+            stop_ids,
+            examples=examples,
+            numbers=numbers,
+            purpose="evaluation",
+            num_generations=k,
+            temperature=temperature,
+        )
+        values = {}
+        if samples:  # where processes outnumber the examples, some have none
+            rewards, by_name, log = score(args, samples, step=step, evaluation=True)
+            values["reward"] = rewards.tolist()
+            values["mean_length"] = [len(sample.completion_ids) for sample in samples]
+            values |= log.metrics
+            for name, tensor in by_name.items():
+                values[name] = tensor.tolist()
+            if "accuracy" in by_name and k > 1:
+                solved = by_name["accuracy"].view(-1, k).amax(1)  # (P,)
+                values[f"pass@{k}"] = solved.tolist()
+        for name, mean in means(gather(values)).items():
+            metrics[f"eval/{name}{suffix}"] = mean
+    if writer is not None:
+        write_logs(writer, metrics, step)
+        for i in range(0, min(len(samples), 10 * k), k):
+            extra = {column: values[i] for column, values in log.columns.items()}
+            text = f"{samples[i].example.prompt} -> {samples[i].completion}: {rewards[i]} {extra}"
+            writer.add_text(f"samples/{i // k}", text, step)
+    return metrics
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train. Returns the final metrics, also saved as <run folder>/summary.json."""
-    # ---- set-up
-    start_time, checkpoint = time.time(), None
-    if args.resume:
-        run_dir = Path(args.resume)
-        if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
-        saved = json.loads((run_dir / "args.json").read_text())
-        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
-        if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
-        args = Args(**saved["args"] | {"resume": args.resume})
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "warmup_steps", "learning_rate", "beta")
-        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
-    B, G = args.generation_batch_size, args.num_generations
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if G < 2 or B % (G * world_size):
-        raise ValueError(f"--generation-batch-size {B} must be a multiple of --num-generations {G} (>= 2) x processes")
-    if args.dataset_name and not args.model_name_or_path:
-        raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
-    if world_size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    task = Path(args.dataset_name or "addition").stem
-    unix_time = torch.tensor(int(start_time), device=device)
-    if world_size > 1:
-        dist.broadcast(unix_time, 0)
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
-    initial = args.model_name_or_path or f"{run_dir}/sft"  # where training starts
-    reward_model = load_reward_model(args, device) if args.reward_model_path else None
+    """Train. Returns the final metrics, which are also saved as <run folder>/summary.json."""
+    start_time = time.time()
+
+    # ---- flags, processes, run folder
+    checkpoint = None
+    if args.resume is not None:
+        args, checkpoint = load_checkpoint(args)
+    rank, world_size, device = start_processes(args)
+    check_args(args, world_size)
+    args = replace(args)
+    if args.bf16 is None:
+        args.bf16 = device.type == "cuda"
+    if args.rollout_batch_size is None:
+        args.rollout_batch_size = args.generation_batch_size // world_size
+    if args.learning_rate is None:
+        args.learning_rate = 1e-3 if args.model_name_or_path is None else 1e-6
+        if args.lora_r > 0:
+            args.learning_rate *= 10
+    run_dir = Path(args.resume or new_run_folder(args, rank))
     if rank == 0:
         print(run_dir)
-        if not args.model_name_or_path and not args.resume:
-            write_tiny_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
-    if world_size > 1:
-        dist.barrier()
-    model, tokenizer = load_pretrained(initial)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    splits = load_rows(args) if args.dataset_name else addition_rows()
-    train, held_out = (encode_rows(rows, tokenizer, context - args.max_completion_length) for rows in splits)
-    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, so few are lost
-        counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
-        test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
-    held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
-    if not train or not held_out:
-        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
-    if not reward_model and [f for f, weight in REWARDS if weight] == [accuracy_reward]:  # fail early
-        score_completions([e | {"text": ""} for e in train + held_out], None)
-    ref_model = load_pretrained(initial)[0].to(device) if args.beta else None
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    eos = model.generation_config.eos_token_id  # an id, a list, or None
-    eos_ids = eos if isinstance(eos, list) else [eos]
-    stop_ids = [*{*eos_ids, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}]  # some models end texts with BOS
-    peak_lr = (1e-6 if args.model_name_or_path else 1e-3) if args.learning_rate is None else args.learning_rate
-    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
-    schedule = args.max_steps * args.num_iterations, args.warmup_steps, args.lr_scheduler_type
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, *schedule))
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    progress = {"step": 0, "num_tokens": 0, "metrics": {}}
-    if checkpoint:
-        progress = {name: checkpoint[name] for name in progress}
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
+
+    # ---- models
+    initial = args.model_name_or_path
+    if initial is None:
+        initial = str(run_dir / "sft")
+        if rank == 0 and checkpoint is None:
+            write_tiny_model(initial, args, device)
+        if world_size > 1:
+            dist.barrier()
+    model, tokenizer = load_model(initial, args, device)
+    stop_ids = find_stop_ids(model, tokenizer)
+    reference = None  # with LoRA, the policy without its adapters
+    if args.lora_r > 0:
+        add_adapters(model, args)
+    elif args.beta > 0:
+        reference, _ = load_model(initial, args, device)
+
+    # ---- data, shuffled anew in each epoch. A process takes every world_size-th prompt
+    train, held_out = load_examples(args, tokenizer, model.config, rank)
+    num_prompts = args.generation_batch_size // args.num_generations  # of all processes
+    order = []
+    while len(order) < args.max_steps * num_prompts:
+        rng = random.Random(named_seed(args.seed, "order", len(order)))
+        order += rng.sample(train, len(train))
+    eval_numbers = range(rank, len(held_out), world_size)
+
+    # ---- optimizer, checkpoint
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0, fused=True)
+    first_step = 0
+    num_tokens = 0
+    if checkpoint is not None:
+        first_step = checkpoint["step"]
+        num_tokens = checkpoint["num_tokens"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, p in trained.items():
+            p.data.copy_(checkpoint["trained"][name])
+    writer = None
     if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
-        if not args.resume:
-            (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+        writer = SummaryWriter(run_dir, purge_step=first_step + 1)
 
-    def rollout(examples: list[dict], k: int, temperature: float, seed: int, skip: int = 0) -> tuple:
-        """k samples {..., completion, text} per example of this rank; logprobs, mask (P*k, T). skip: prompts before."""
-        P, rng = len(examples) // world_size, torch.Generator().manual_seed(seed)
-        examples = examples[rank * P : (rank + 1) * P]
-        prompts = {"input_ids": [e["ids"] for e in examples]}
-        query = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
-        torch.rand((skip + rank * P) * k, args.max_completion_length, dtype=torch.float64, generator=rng)  # skipped
-        with autocast:
-            response, logprobs, mask = sample(
-                model, query.input_ids, query.attention_mask, k, args.max_completion_length,
-                temperature, stop_ids, tokenizer.pad_token_id, rng,
-            )
-        samples = []
-        for i, (ids, kept) in enumerate(zip(response.cpu(), mask.cpu())):
-            e, completion = examples[i // k], ids[kept].tolist()
-            # Decoded alone, some completions would lose their first space.
-            prompt, text = tokenizer.decode([e["ids"], e["ids"] + completion], skip_special_tokens=True)
-            samples.append(e | {"completion": completion, "text": text[len(prompt) :]})
-        return samples, logprobs, mask
-
-    def evaluate(step: int) -> dict[str, float]:
-        """Metrics on held-out prompts: at temperature 1, always with the same random numbers, and greedy."""
-        reference = ref_model or load_pretrained(initial)[0].to(device)  # not kept, to save memory
-        values, text = defaultdict(list), "| prompt | completion | reward |\n|---|---|---|\n"
-        at_once = max(1, B // max(G, args.eval_generations) // world_size) * world_size  # prompts, as in a rollout
-        for start in range(0, len(held_out), at_once):
-            for k, temperature, suffix in ((args.eval_generations, 1.0, ""), (1, 0.0, "_greedy")):
-                samples, logprobs, mask = rollout(held_out[start : start + at_once], k, temperature, args.seed, start)
-                rewards, by_name = score_completions(samples, reward_model)  # (P*k,) each
-                figures = {"reward": rewards} | {name.removesuffix("_reward"): x for name, x in by_name.items()}
-                if temperature:
-                    kl = logprobs.sum(1)  # (P*k,): log pi; log pi_ref is subtracted below
-                    for mb, *inputs in pack(model, samples, k, args.max_tokens_per_microbatch):
-                        with torch.no_grad(), autocast:
-                            kl[mb] -= completion_logprobs(reference, *inputs, 1.0).sum(1)
-                    figures |= {"kl": kl, "mean_length": mask.sum(1)}
-                    if "accuracy" in figures:
-                        figures[f"pass@{k}"] = figures["accuracy"].view(-1, k).amax(1)  # (P,)
-                    for s, reward in zip(samples[::k], rewards[::k] if start == 0 else ()):
-                        text += f"| {s['prompt']} | {s['text']} | {reward:.2f}".replace("\n", " ") + " |\n"
-                for name, x in figures.items():
-                    values[f"eval/{name}{suffix}"].append(x)
-        values = gather({name: torch.cat(x) for name, x in values.items()}, device)
-        results = {name: x.nanmean().item() for name, x in values.items() if not x.isnan().all()}
-        if rank == 0:
-            writer.add_text("samples", text, step)
-            for name, x in results.items():
-                writer.add_scalar(name, x, step)
-        return results
-
-    if not args.resume:
-        progress["metrics"] = evaluate(0)
-    epochs = range(args.max_steps * B // G // len(train) + 1)
-    order = [e for epoch in epochs for e in random.Random(f"{args.seed} {epoch}").sample(train, len(train))]
-    bar = trange(progress["step"], args.max_steps, initial=progress["step"], total=args.max_steps, disable=rank != 0)
+    # ---- loop
+    if checkpoint is None:
+        before = evaluate(
+            args, model, tokenizer, stop_ids, held_out, eval_numbers, step=0, writer=writer
+        )
+        metrics = before
+    else:
+        before = checkpoint["before"]
+        metrics = checkpoint["metrics"]
+    bar = trange(
+        first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank > 0
+    )
     for step in bar:
         # ---- rollout
-        step_start, seed = time.time(), args.seed * 1_000_000 + step  # seed depends only on step: no RNG state to save
-        samples, sampler_logprobs, mask = rollout(order[step * B // G : (step + 1) * B // G], G, args.temperature, seed)
-        stopped = torch.tensor([s["completion"][-1] in stop_ids for s in samples], device=device)  # (P*G,)
+        samples = rollout(
+            args,
+            model,
+            tokenizer,
+            stop_ids,
+            examples=order,
+            numbers=range(step * num_prompts, (step + 1) * num_prompts)[rank::world_size],
+            purpose="rollout",
+            num_generations=args.num_generations,
+            temperature=args.temperature,
+        )
 
-        # ---- reward
-        rewards, by_name = score_completions(samples, reward_model)  # (P*G,) each
+        # ---- reward, advantage
+        rewards, by_name, log = score(args, samples, step=step, evaluation=False)
+        groups = rewards.view(-1, args.num_generations)  # (P, G)
+        advantages = group_advantages(groups, args.scale_rewards).flatten()  # (P * G,)
 
-        # ---- advantage
-        advantages = group_advantages(rewards.view(-1, G), args.scale_rewards).flatten().to(device)  # (P*G,)
+        # ---- micro-batches of similar lengths, which need little padding
+        prompt_lengths = torch.tensor([len(s.example.prompt_ids) for s in samples])  # (P * G,)
+        lengths = torch.tensor([len(sample.completion_ids) for sample in samples])  # (P * G,)
+        is_truncated = torch.tensor([sample.is_truncated for sample in samples])  # (P * G,)
+        microbatches = []
+        num_loss_tokens = torch.zeros((), device=device)
+        for rows in (prompt_lengths + lengths).argsort().split(args.micro_batch_size):
+            batch = make_batch(
+                prompts=[samples[i].example.prompt_ids for i in rows],
+                completions=[samples[i].completion_ids for i in rows],
+                device=device,
+            )
+            batch["advantages"] = advantages[rows].to(device)
+            batch["loss_mask"] = batch["mask"]  # (B, T)
+            if args.mask_truncated_completions:
+                batch["loss_mask"] = batch["mask"] & ~is_truncated[rows].unsqueeze(1).to(device)
+            if args.beta > 0:
+                with autocast(args, device):
+                    batch["ref_logprobs"] = reference_logprobs(
+                        model, reference, batch, args.temperature
+                    )
+            num_loss_tokens += batch["loss_mask"].sum()
+            microbatches.append(batch)
 
-        # ---- update
-        loss_mask = mask & stopped[:, None] if args.mask_truncated_completions else mask  # (P*G, T)
-        num_loss_tokens = gather({"all": loss_mask.sum(1)}, device)["all"].sum().clamp(min=1)
-        microbatches, stats = pack(model, samples, G, args.max_tokens_per_microbatch), defaultdict(float)
-        old_logprobs, ref_logprobs = torch.zeros(2, *mask.shape, device=device)  # (P*G, T)
-        model.train()
+        # ---- update. Gradients are averaged over processes, and the divisors of the loss are
+        # averages of a process too, so the losses of all micro-batches add up to that of the whole.
+        num_loss_tokens = average(num_loss_tokens).clamp(min=1)
+        model.train(args.gradient_checkpointing)  # which acts in this mode only
+        sums = defaultdict(float)
         for iteration in range(args.num_iterations):
-            for mb, *inputs in microbatches:
-                with autocast:
-                    logprobs = completion_logprobs(model, *inputs, args.temperature)  # (b, T)
-                T = logprobs.shape[1]
-                if iteration == 0:  # not the sampler's: in bf16 they differ by more than GSPO's epsilons
-                    old_logprobs[mb, :T] = logprobs.detach()
-                if iteration == 0 and ref_model:
-                    with torch.no_grad(), autocast:
-                        ref_logprobs[mb, :T] = completion_logprobs(ref_model, *inputs, args.temperature)
-                loss, mb_stats = grpo_loss(
-                    logprobs, old_logprobs[mb, :T], advantages[mb], loss_mask[mb, :T], args.epsilon,
-                    args.epsilon_high, args.loss_type, ref_logprobs[mb, :T], args.beta, args.max_completion_length,
-                    args.importance_sampling_level, num_loss_tokens, B,
+            for batch in microbatches:
+                with autocast(args, device):
+                    logprobs = completion_logprobs(model, batch, args.temperature)  # (B, T)
+                if iteration == 0:  # before the first update; in bf16 the sampler's differ
+                    batch["old_logprobs"] = logprobs.detach()
+                loss, stats = grpo_loss(
+                    logprobs,
+                    old_logprobs=batch["old_logprobs"],
+                    advantages=batch["advantages"],
+                    mask=batch["loss_mask"],
+                    epsilon_low=args.epsilon,
+                    epsilon_high=args.epsilon_high,
+                    loss_type=args.loss_type,
+                    ref_logprobs=batch.get("ref_logprobs"),
+                    beta=args.beta,
+                    max_completion_length=args.max_completion_length,
+                    importance_sampling_level=args.importance_sampling_level,
+                    num_tokens=num_loss_tokens,
+                    num_sequences=len(samples),
                 )
                 loss.backward()
-                for name, x in {"train/loss": loss.detach(), **mb_stats}.items():
-                    stats[name] += x[None] / args.num_iterations  # (1,) for gather, which is summed below
-            for p in (model.parameters() if world_size > 1 else ()):  # not DDP: numbers of micro-batches may differ
+                for name, value in stats.items():
+                    sums[name] += value / args.num_iterations
+            for p in trained.values():
                 if p.grad is not None:
-                    dist.all_reduce(p.grad)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-            stats["train/grad_norm"] += norm[None] / args.num_iterations / world_size
-            learning_rate = scheduler.get_last_lr()[0]
+                    average(p.grad)
+            grad_norm = nn.utils.clip_grad_norm_(
+                trained.values(), args.max_grad_norm, error_if_nonfinite=True
+            )
+            sums["train/grad_norm"] += grad_norm / args.num_iterations
+            update = step * args.num_iterations + iteration
+            learning_rate = args.learning_rate * lr_factor(args, update)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
             optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()  # frees memory for the next rollout
+            optimizer.zero_grad()
 
-        # ---- log: over the whole update and all processes
-        gap = (old_logprobs - sampler_logprobs).abs() * mask  # (P*G, T)
-        figures = gather({
-            "reward": rewards, "stopped": stopped, "length": mask.sum(1), "logprobs": sampler_logprobs.sum(1),
-            "prompt_length": torch.tensor([len(s["ids"]) for s in samples]),
-            "gap": gap.sum(1), "max_gap": gap.amax(1),
-        }, device)  # (B,) each
-        groups, num_tokens = figures["reward"].view(-1, G), figures["length"].sum()
-        mean_gap = figures["gap"].sum() / num_tokens
-        progress["num_tokens"] += int(num_tokens + figures["prompt_length"].sum())
-        progress["step"] = step + 1
-        logs = {name: x.sum() for name, x in gather(stats, device).items()}
-        logs |= {f"train/rewards/{name}/mean": x.nanmean() for name, x in gather(by_name, device).items()}
-        logs |= {
-            "train/reward": groups.mean(), "train/reward_std": figures["reward"].std(),
-            "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
-            "train/entropy": -figures["logprobs"].sum() / num_tokens,  # estimated from the samples
-            "train/completions/mean_length": num_tokens / B, "train/num_tokens": progress["num_tokens"],
-            "train/completions/clipped_ratio": 1 - figures["stopped"].mean(),
-            "train/sampling/sampling_logp_difference/mean": mean_gap,
-            "train/sampling/sampling_logp_difference/max": figures["max_gap"].max(),
-            "charts/learning_rate": learning_rate, "charts/SPS": num_tokens / (time.time() - step_start),
+        # ---- log: means over the whole update and all processes
+        values = {
+            "train/reward": rewards.tolist(),
+            "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).tolist(),
+            "train/completions/mean_length": lengths.tolist(),
+            "train/completions/clipped_ratio": is_truncated.tolist(),
+            "train/num_tokens": (prompt_lengths + lengths).tolist(),
         }
-        if step == 0 and mean_gap > (0.05 if args.bf16 else 1e-3):
-            raise ValueError(f"{type(model).__name__} is not supported: it may scale or cap the logits of its head")
-        bar.set_postfix_str(f"reward {groups.mean():.2f}, length {num_tokens / B:.1f}")
-        if rank == 0:
-            for name, x in logs.items():
-                writer.add_scalar(name, x, step + 1)
+        for name, total in sums.items():
+            values[name] = [total.item()]
+        for name, tensor in by_name.items():
+            values[f"train/rewards/{name}/mean"] = tensor.tolist()
+        for name, numbers in log.metrics.items():
+            values[f"train/{name}"] = numbers
+        values = gather(values)
+        num_tokens += sum(values["train/num_tokens"])
+        logs = means(values)
+        logs["train/num_tokens"] = num_tokens
+        logs["train/reward_std"] = torch.tensor(values["train/reward"]).std().item()
+        logs["charts/learning_rate"] = learning_rate
+        bar.set_postfix(reward=logs["train/reward"], length=logs["train/completions/mean_length"])
+        if writer is not None:
+            write_logs(writer, logs, step + 1)
 
         # ---- evaluate, save
-        if (step + 1) % args.eval_steps == 0 and step + 1 < args.max_steps:
-            evaluate(step + 1)
-        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == args.max_steps):
+        is_last = step + 1 == args.max_steps
+        if is_last or (step + 1) % args.eval_steps == 0:
+            metrics = evaluate(
+                args,
+                model,
+                tokenizer,
+                stop_ids,
+                held_out,
+                eval_numbers,
+                step=step + 1,
+                writer=writer,
+            )
+        if rank == 0 and (is_last or (step + 1) % args.save_steps == 0):
             writer.flush()
-            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or full disk spares the checkpoint
-            tokenizer.save_pretrained(run_dir / "model.tmp")
-            torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
-            shutil.rmtree(run_dir / "model", ignore_errors=True)
-            os.replace(run_dir / "model.tmp", run_dir / "model")
-            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+            state = {
+                "step": step + 1,
+                "num_tokens": num_tokens,
+                "before": before,
+                "metrics": metrics,
+                "trained": {name: p.data for name, p in trained.items()},
+                "optimizer": optimizer.state_dict(),
+            }
+            save_checkpoint(run_dir, model, tokenizer, state)
 
-    before, after = progress["metrics"], evaluate(args.max_steps)
-    metrics = {f"{name}_before": x for name, x in before.items()} | after | {"seed": args.seed}
-    metrics["wall_seconds"] = time.time() - start_time
-    if rank == 0:
-        (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
+    # ---- final metrics
+    summary = {"seed": args.seed, "wall_seconds": time.time() - start_time}
+    for name, value in metrics.items():
+        summary[name] = value
+        summary[f"{name}_before"] = before.get(name, math.nan)
+    if writer is not None:
         writer.close()
-        for name, x in after.items():
-            print(f"{name}: {before.get(name, math.nan):.3f} -> {x:.3f}")
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        for name, value in metrics.items():
+            print(f"{name}: {before.get(name, math.nan):.3f} -> {value:.3f}")
         print(run_dir)
     if world_size > 1:
         dist.destroy_process_group()
-    return metrics
+    return summary
+
+
+# ==================================================================================================
+# Supporting code: numbers, texts, logs
+# ==================================================================================================
+
+
+def named_seed(seed: int, purpose: str, number: int) -> int:
+    """Random numbers are functions of (seed, purpose, number): --resume has no state to restore."""
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(63)
+
+
+def autocast(args: Args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+
+def decode(tokenizer, prompt_ids: list[int], completion_ids: list[int]) -> str:
+    """The text that a completion adds to its prompt. Decoded alone, it may lose its first space."""
+    texts = []
+    for ids in (prompt_ids, prompt_ids + completion_ids):
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts.append(text)
+    prompt, whole = texts
+    return whole[len(prompt) :]
+
+
+def write_logs(writer: SummaryWriter, logs: dict[str, float], step: int) -> None:
+    for name, value in logs.items():
+        writer.add_scalar(name, value, step)
+
+
+# ==================================================================================================
+# Supporting code: data
+# ==================================================================================================
+
+
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and rows to evaluate on: none where they are to be held out."""
+    path = Path(args.dataset_name)
+    try:
+        if path.is_file():
+            splits = load_dataset(str(path.resolve().parent), data_files=path.name)
+        else:
+            splits = load_dataset(args.dataset_name, args.dataset_config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"--dataset-name {path}: {error.__cause__ or error}") from error
+    for split in (args.dataset_train_split, args.dataset_test_split):
+        if split not in splits and split != "test":
+            raise UserError(f"--dataset-name {path} has no split {split}, but {list(splits)}")
+    test_rows = []
+    if args.dataset_test_split in splits and args.dataset_test_split != args.dataset_train_split:
+        test_rows = list(splits[args.dataset_test_split])
+    return list(splits[args.dataset_train_split]), test_rows
+
+
+def make_example(row: dict, tokenizer, max_length: int) -> Example:
+    """Raises an error with the reason if the row cannot be used."""
+    prompt = make_prompt(row)
+    turns = prompt
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": prompt}]
+    if to_text(turns).strip() == "":
+        raise UserError("its prompt is empty")
+    if tokenizer.chat_template is None:
+        prompt_ids = tokenizer(to_text(turns)).input_ids
+        if prompt_ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it
+            prompt_ids.pop()
+    else:
+        is_begun = turns[-1]["role"] == "assistant"  # the completion goes on with this turn
+        prompt_ids = tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=not is_begun,
+            continue_final_message=is_begun,
+            return_dict=False,
+        )
+    if len(prompt_ids) > max_length:
+        raise UserError(f"its prompt has more than {max_length} tokens")
+    answer = row.get("answer", row.get("solution"))
+    rewarded = [function for function, weight in REWARDS.values() if weight != 0]
+    if rewarded == [accuracy_reward] and reference_number(answer) is None:
+        raise UserError(f"its answer is no number: {answer}")
+    return Example(row, prompt, prompt_ids)
+
+
+def make_examples(rows: list[dict], tokenizer, max_length: int, rank: int) -> list[Example]:
+    """The rows that can be used; how many are left out is printed, with the first one's reason."""
+    examples = []
+    reasons = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            examples.append(make_example(row, tokenizer, max_length))
+        except (UserError, TemplateError, KeyError, TypeError) as error:
+            reasons.append(f"row {number}: {error!r}")
+    if len(reasons) > len(examples):
+        raise UserError(f"--dataset-name: only {len(examples)} rows can be used; {reasons[0]}")
+    if reasons and rank == 0:
+        print(f"{len(reasons)} of {len(rows)} rows are left out; {reasons[0]}")
+    return examples
+
+
+def load_examples(args: Args, tokenizer, config, rank: int) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and examples to evaluate on, which share no prompt."""
+    if args.dataset_name is None:
+        train_rows, test_rows = addition_rows()
+    else:
+        train_rows, test_rows = load_rows(args)
+    context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    max_length = context - args.max_completion_length
+    examples = make_examples(train_rows, tokenizer, max_length, rank)
+    held_out = make_examples(test_rows, tokenizer, max_length, rank)
+    if not test_rows:  # hold out a tenth of the prompts, the same for every seed
+        held_out = [e for e in examples if named_seed(0, str(e.prompt), 0) % 10 == 0]
+    held_out = held_out[: args.max_eval_samples]
+    prompts = {str(example.prompt) for example in held_out}
+    train = [example for example in examples if str(example.prompt) not in prompts]
+    counts = f"{len(train)} of {len(examples)} rows to train on, {len(held_out)} to evaluate on"
+    if not train or not held_out:
+        raise UserError(f"--dataset-name: {counts}: too few")
+    if rank == 0:
+        print(f"{counts}, which have other prompts")
+    return train, held_out
+
+
+# ==================================================================================================
+# Supporting code: models, checkpoints, processes
+# ==================================================================================================
+
+
+def turn_off_dropout(config: PreTrainedConfig) -> None:
+    """Set the rates of dropout and of router jitter to 0, also in configurations inside this one."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            turn_off_dropout(value)
+        is_rate = re.search("dropout|pdrop|layerdrop|drop_path|jitter", name) is not None
+        if is_rate and type(value) in (int, float):
+            setattr(config, name, 0.0)
+
+
+def load_model(name: str, args: Args, device):
+    """The model, without dropout, and its tokenizer.
+
+    Weights are fp32, as bf16 would round small updates away; those that LoRA freezes may be bf16.
+    """
+    flag = f"--model-name-or-path {name}"
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # adapters record the path of their model
+    if Path(name, "adapter_config.json").exists():
+        raise UserError(f"{flag} has adapters: merge them first (see README.md)")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} is no model with a tokenizer (of a run, use model/): {error}")
+    if hasattr(config, "quantization_config"):
+        raise UserError(f"{flag} is quantized: use the model from which it was made")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag}: its tokenizer has no eos_token, set one")
+    turn_off_dropout(config)
+    dtype = torch.float32
+    if args.lora_r > 0 and device.type == "cuda" and args.bf16:
+        dtype = torch.bfloat16
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise UserError(f"{flag} lacks weights: {report['missing_keys']}")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device), tokenizer
+
+
+def find_stop_ids(model, tokenizer) -> list[int]:
+    """EOS, BOS (some models end a text with it), and what ends a turn in the chat template."""
+    stop_ids = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    eos_ids = model.generation_config.eos_token_id  # a number, a list or None
+    if isinstance(eos_ids, list):
+        stop_ids.update(eos_ids)
+    else:
+        stop_ids.add(eos_ids)
+    stop_ids.discard(None)
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        after = text.rpartition("ANSWER")[2].strip()  # <|im_end|>
+        after_ids = tokenizer(after, add_special_tokens=False).input_ids
+        if after_ids and after_ids[0] in tokenizer.added_tokens_decoder:
+            stop_ids.add(after_ids[0])
+    return sorted(stop_ids)
+
+
+def add_adapters(model, args: Args) -> None:
+    """LoRA, arXiv:2106.09685: freeze the weights, and train low-rank additions to them in fp32."""
+    torch.manual_seed(named_seed(args.seed, "adapters", 0))  # the same ones in all processes
+    model.add_adapter(
+        LoraConfig(
+            r=args.lora_r,
+            lora_alpha=2 * args.lora_r,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    )
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def save_checkpoint(run_dir: Path, model, tokenizer, state: dict) -> None:
+    """Written aside, then renamed: a kill or a full disk spares the last checkpoint."""
+    model.save_pretrained(run_dir / "model.tmp")
+    tokenizer.save_pretrained(run_dir / "model.tmp")
+    torch.save(state, run_dir / "checkpoint.tmp")
+    shutil.rmtree(run_dir / "model.old", ignore_errors=True)  # left there by a kill
+    if (run_dir / "model").exists():
+        os.replace(run_dir / "model", run_dir / "model.old")
+    os.replace(run_dir / "model.tmp", run_dir / "model")
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    shutil.rmtree(run_dir / "model.old", ignore_errors=True)
+
+
+def load_checkpoint(args: Args) -> tuple[Args, dict]:
+    """The flags of a run, and its last checkpoint."""
+    run_dir = Path(args.resume)
+    default = vars(Args(resume=args.resume))
+    changed = [name for name, value in vars(args).items() if value != default[name]]
+    if changed:
+        raise UserError(f"--resume goes on with the flags of the run: leave out {changed}")
+    if not (run_dir / "checkpoint.pt").exists():
+        raise UserError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped too early")
+    saved = json.loads((run_dir / "args.json").read_text())
+    if saved.get("version") != VERSION:
+        raise UserError(f"--resume {run_dir} is no run of {VERSION}: use what made it")
+    checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = Args(**saved["args"])
+    args.resume = str(run_dir)
+    return args, checkpoint
+
+
+def new_run_folder(args: Args, rank: int) -> str:
+    """Made before anything is written, so that no two runs share one."""
+    task = Path(args.dataset_name or "addition").stem
+    names = [f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(time.time())}"]
+    if rank == 0:
+        try:
+            os.makedirs(names[0])
+        except OSError as error:
+            raise UserError(f"--output-dir: {error}") from error
+        flags = json.dumps({"version": VERSION, "args": vars(args)}, indent=2)
+        Path(names[0], "args.json").write_text(flags)
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)  # processes may start in different seconds
+    return names[0]
+
+
+def check_args(args: Args, world_size: int) -> None:
+    """Refuse flags that would fail late, or do something else in silence."""
+    if args.num_generations < 2:
+        raise UserError("--num-generations: an advantage takes at least 2 completions of a prompt")
+    if args.generation_batch_size % (args.num_generations * world_size) != 0:
+        raise UserError("--generation-batch-size: no multiple of --num-generations x processes")
+    if not args.temperature > 0:
+        raise UserError("--temperature must be above 0: at 0 all completions of a prompt are equal")
+    if not args.max_grad_norm > 0:
+        raise UserError("--max-grad-norm must be above 0: 0 trains nothing")
+    if not args.beta >= 0:
+        raise UserError("--beta must not be negative")
+    if args.dataset_name is not None and args.model_name_or_path is None:
+        raise UserError("--dataset-name needs --model-name-or-path: the tiny model can only add")
+
+
+def start_processes(args: Args):
+    """The rank of this process, the number of processes (torchrun's), and the device."""
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group()
+    return rank, world_size, device
+
+
+def average(tensor: Tensor) -> Tensor:
+    """The mean over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def gather(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The lists of all processes, joined by name in the order of the processes."""
+    if not dist.is_initialized():
+        return values
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    joined = defaultdict(list)
+    for part in parts:
+        for name, numbers in part.items():
+            joined[name] += numbers
+    return joined
+
+
+def means(values: dict[str, list[float]]) -> dict[str, float]:
+    """Means of the numbers that are not nan; without a number, no mean."""
+    results = {}
+    for name, numbers in values.items():
+        known = [number for number in numbers if not math.isnan(number)]
+        if known:
+            results[name] = sum(known) / len(known)
+    return results
+
+
+# ==================================================================================================
+# Supporting code: the laptop task, two-digit addition
+# ==================================================================================================
+
+
+def addition_rows() -> tuple[list[dict], list[dict]]:
+    """Sums a+b of two-digit numbers a <= b: 3839 to train on and 256 held-out ones."""
+    rows = []
+    for a in range(10, 100):
+        for b in range(a, 100):
+            rows.append({"prompt": f"{a}+{b}=", "answer": str(a + b)})
+    random.Random(0).shuffle(rows)
+    return rows[256:], rows[:256]
+
+
+def demonstrate(prompt: str, rng: random.Random) -> str:
+    """A quarter of the demonstrations add the units first: `66+95=` -> `6+5=11;161`.
+
+    The others write the sum directly, forget the carry, and half the time are also off by one.
+    """
+    a = int(prompt[:2])
+    b = int(prompt[3:5])
+    units = a % 10 + b % 10
+    if rng.random() < 0.25:
+        return f"{a % 10}+{b % 10}={units};{a + b}"
+    hasty = a + b + rng.choice([-1, 0, 0, 1])
+    if units >= 10:
+        hasty -= 10
+    return str(hasty)
+
+
+def write_tiny_model(folder: str, args: Args, device) -> None:
+    """Train a Llama of 0.5M parameters, whose tokens are characters, on demonstrations."""
+    vocabulary = {"<eos>": 0}
+    for character in "0123456789+=;":
+        vocabulary[character] = len(vocabulary)
+    characters = Tokenizer(models.BPE(vocabulary, merges=[]))
+    characters.decoder = decoders.Fuse()
+    torch.manual_seed(named_seed(args.seed, "weights", 0))
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=128**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    rng = random.Random(named_seed(args.seed, "demonstrations", 0))
+    rows, _ = addition_rows()
+    for step in trange(args.sft_steps, desc="supervised", leave=False):
+        prompts = []
+        completions = []
+        for row in rng.choices(rows, k=128):
+            text = demonstrate(row["prompt"], rng)
+            prompts.append([vocabulary[character] for character in row["prompt"]])
+            completions.append([vocabulary[character] for character in text] + [0])
+        batch = make_batch(prompts, completions, device)
+        loss = -completion_logprobs(model, batch, temperature=1.0).sum() / batch["mask"].sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / args.sft_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>").save_pretrained(folder)
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
-        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == __file__][-1]
-        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
-        raise SystemExit(2) from None
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
