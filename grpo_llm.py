@@ -376,7 +376,7 @@ def score(args: Args, samples: list["Sample"], step: int, evaluation: bool):
 NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+|(?<=\d)\.?)(e[+-]?\d+)?", re.IGNORECASE)
 BOXED = re.compile(r"((?:[^{}]|\{[^{}]*\})*)\}")  # what follows \boxed{
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")  # \mathbf{42}, \text{cm}
-SYMBOLS = re.compile(r"\\[,;! ]|\^\\circ|\\?[$%]|[*\u00a3\u20ac\u00b0]")  # 5\,cm, 90^\circ, \$5
+SYMBOLS = re.compile(r"\\[,;! ]|\^\{?\\circ\}?|\\?[$%]|[*\u00a3\u20ac\u00b0]")  # 5\,cm, 90^\circ, \$5
 
 
 def to_text(message: str | list[dict]) -> str:
@@ -465,7 +465,8 @@ def pick_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
         raise UserError(
             "the model's logits are not numbers: lower --learning-rate, or use --no-bf16"
         )
-    goal = uniform.unsqueeze(1) * torch.nextafter(total, torch.zeros_like(total))  # below the total
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    goal = torch.minimum(uniform.unsqueeze(1) * total, below_total)  # (A, 1)
     return torch.searchsorted(cdf, goal, right=True).squeeze(1)
 
 
@@ -682,10 +683,12 @@ def evaluate(
             metrics[f"eval/{name}{suffix}"] = mean
     if writer is not None:
         write_logs(writer, metrics, step)
+        texts = []
         for i in range(0, min(len(samples), 10 * k), k):
             extra = {column: values[i] for column, values in log.columns.items()}
-            text = f"{samples[i].example.prompt} -> {samples[i].completion}: {rewards[i]} {extra}"
-            writer.add_text(f"samples/{i // k}", text, step)
+            sample = samples[i]
+            texts.append(f"{sample.example.prompt} {sample.completion} ({rewards[i]:.2f}) {extra}")
+        writer.add_text("samples", "\n\n".join(texts), step)
     return metrics
 
 

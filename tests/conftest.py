@@ -152,6 +152,19 @@ def digit_reward(prompt: str, completion: str, answer: str | None) -> float:
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
 
 
+def digit_rewards(prompts: list, completions: list, answer: list, **columns) -> list[float]:
+    """digit_reward with TRL's signature."""
+    return [digit_reward(*row) for row in zip(prompts, completions, answer)]
+
+
+def with_digit_reward(script: str):
+    """REWARDS of a script with digit_reward before them."""
+    rewards = import_module(script).REWARDS
+    if isinstance(rewards, dict):
+        return {"digits": (digit_rewards, 1.0), **rewards}
+    return ((digit_reward, 1.0), *rewards)
+
+
 # Processes are forked from one that has imported the scripts and done nothing: that saves seconds for each of them, and
 # no thread is lost in the fork.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -171,5 +184,5 @@ def run_main(
         patch()
     module = import_module(script)
     if hasattr(module, "REWARDS"):
-        module.REWARDS = ((digit_reward, 1.0), *module.REWARDS)
+        module.REWARDS = with_digit_reward(script)
     module.main(module.Args(**flags))

@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, SCRIPTS, digit_reward, run_folder, run_main, scalars, tiny_flags, weights
+from conftest import PROCESSES, SCRIPTS, run_folder, run_main, scalars, tiny_flags, weights, with_digit_reward
 
 # ---- SIGKILL
 
@@ -99,7 +99,7 @@ def test_a_killed_run_resumes_exactly(script, flags, moment, number, step, model
     bit-equal to those of an unbroken run, and nothing that preceded the checkpoint is done again."""
     module = import_module(script)
     if hasattr(module, "REWARDS"):
-        monkeypatch.setattr(module, "REWARDS", ((digit_reward, 1.0), *module.REWARDS))
+        monkeypatch.setattr(module, "REWARDS", with_digit_reward(script))
     flags = {**tiny_flags(script, tmp_path, model_folder), **flags}
     runs = [{**flags, "output_dir": str(tmp_path / name)} for name in ("whole", "killed")]
     expected = module.main(module.Args(**runs[0]))
