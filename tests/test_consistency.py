@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT, SCRIPTS, run_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+# In the form of version 0.3. The other language-model scripts will follow; until then their shared functions differ.
+NEW_FORM = ("grpo_llm",)
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 GLOSSARY = (ROOT / "tests" / "README.md").read_text()
 # Flags of a run of seconds that writes every tag of its script.
@@ -59,7 +61,7 @@ def test_the_same_name_has_the_same_source():
     seen: dict[str, tuple[str, str]] = {}
     for script in SCRIPTS:
         for name, source in top_level(SOURCES[script]).items():
-            if name not in ("Args", "main"):
+            if name not in ("Args", "main") and script not in NEW_FORM:
                 other, expected = seen.setdefault(name, (script, source))
                 assert source == expected, f"{name} differs between {other}.py and {script}.py"
         assert {"Args", "main"} <= set(top_level(SOURCES[script]))
@@ -70,9 +72,9 @@ def test_the_common_flags_are_the_same(title):
     blocks = {
         script: re.search(rf"    # ---- {title}\n(.*?)\n    # ----", source, re.DOTALL).group(1)
         for script, source in SOURCES.items()
-        if f"    # ---- {title}\n" in source
+        if f"    # ---- {title}\n" in source and script not in NEW_FORM
     }
-    assert len(blocks) >= 4 and len(set(blocks.values())) == 1
+    assert len(blocks) >= 3 and len(set(blocks.values())) == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -100,7 +102,7 @@ def test_help_names_every_flag(script):
         assert f"--{flag.name.replace('_', '-')}" in shown.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in NEW_FORM])
 def test_only_runs_of_the_script_itself_are_resumed(script, tmp_path):
     module, other = import_module(script), SCRIPTS[SCRIPTS.index(script) - 1]
     (tmp_path / "checkpoint.pt").write_bytes(b"")
@@ -162,7 +164,8 @@ def test_the_glossary_explains_exactly_the_tags_that_are_written(script, tmp_pat
     explained = {
         tag.replace("<estimator>", name) for tag in explained for name in (estimators if "<estimator>" in tag else [""])
     }
-    rewards = [function.__name__ for function, _ in getattr(module, "REWARDS", ())]
+    rewards = getattr(module, "REWARDS", ())
+    rewards = list(rewards) if isinstance(rewards, dict) else [function.__name__ for function, _ in rewards]
     expanded = {
         tag.replace("<reward>", name.removesuffix("_reward") if tag.startswith("eval/") else name)
         for tag in explained

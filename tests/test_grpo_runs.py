@@ -16,7 +16,7 @@ TRAIN = [{"prompt": f"{a}" * (1 + a % 3) + f"+{b}=", "answer": f"{a}{b}"} for a 
 HELD_OUT = [{"prompt": f"{a}" * (1 + a % 2) + "-1=", "answer": f"{a}"} for a in range(6)]
 FROZEN = 1e-12  # a learning rate that changes no weight by more than rounding
 load = AutoModelForCausalLM.from_pretrained
-OFF_POLICY = ["policy/approxkl_avg", *(f"train/clip_ratio/{side}_mean" for side in ("low", "high", "region"))]
+OFF_POLICY = ["policy/approxkl_avg", "train/clip_ratio/low_mean", "train/clip_ratio/high_mean"]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,10 @@ def run(tmp_path, model_folder, monkeypatch):
     text, answer) that were rewarded: `train` by step, and those of the evaluations `before` and `after` training."""
 
     def run(reward=digit_reward, rows=TRAIN, **flags):
-        def accuracy_reward(*call):
-            calls.append(call)
-            return reward(*call)
+        def watched(prompts, completions, answer, **columns):
+            rows = [*zip(prompts, completions, answer)]
+            calls.extend(rows)
+            return [reward(*row) for row in rows]
 
         calls, folder = [], tmp_path / str(len([*tmp_path.iterdir()]))
         (folder / "data").mkdir(parents=True)
@@ -47,7 +48,7 @@ def run(tmp_path, model_folder, monkeypatch):
         write_rows(folder / "data" / "test.jsonl", HELD_OUT)
         own = {"dataset_name": str(folder / "data"), "max_eval_samples": 6, "eval_generations": 4, "beta": 0.0}
         args = grpo_llm.Args(**{**tiny_flags("grpo_llm", folder, model_folder), **own, **flags})
-        monkeypatch.setattr(grpo_llm, "REWARDS", ((accuracy_reward, 1.0),))
+        monkeypatch.setattr(grpo_llm, "REWARDS", {"accuracy": (watched, 1.0)})
         metrics = grpo_llm.main(args)
         held_out = {row["prompt"] for row in (HELD_OUT if args.dataset_name else grpo_llm.addition_rows()[1])}
         train, evaluated = ([c for c in calls if (c[0] in held_out) == side] for side in (False, True))
@@ -72,10 +73,10 @@ def logprobs_of(model, prompt, text, temperature=1.0):
 
 
 @pytest.mark.parametrize("flags", [
-    {"temperature": 0.7, "max_tokens_per_microbatch": 40},
+    {"temperature": 0.7, "micro_batch_size": 3},
     {"loss_type": "grpo", "scale_rewards": "none", "mask_truncated_completions": True},
     {"loss_type": "grpo", "importance_sampling_level": "sequence", "gradient_checkpointing": True},
-    {"loss_type": "dr_grpo", "max_tokens_per_microbatch": 1, "num_generations": 8},
+    {"loss_type": "dr_grpo", "micro_batch_size": 1, "num_generations": 8},
     {"loss_type": "cispo", "temperature": 0.7, "mask_truncated_completions": True, "num_iterations": 2},
 ])  # fmt: skip
 def test_the_tags_of_two_steps_are_those_computed_by_hand(run, model_folder, flags):
@@ -99,23 +100,22 @@ def test_the_tags_of_two_steps_are_those_computed_by_hand(run, model_folder, fla
         expected = {
             "reward": rewards.mean(), "reward_std": rewards.std(), "frac_reward_zero_std": (std == 0).float().mean(),
             "completions/mean_length": lengths.float().mean(), "completions/clipped_ratio": cut.float().mean(),
-            "num_tokens": tokens, "entropy": -torch.cat(rows).mean(),
+            "num_tokens": tokens,
+            "entropy": -torch.stack([row.sum() for row in rows]) @ kept.float() / (lengths * kept).sum(),
             "loss": -objective if args.loss_type == "cispo" else -(shares * advantages * lengths).sum(),
             "grad_norm": torch.stack([g.norm() for g in gradient]).norm(),
         }  # fmt: skip
         for tag, value in expected.items():
             assert result.tags[f"train/{tag}"][step] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), tag
-    assert max(result.tags["train/sampling/sampling_logp_difference/max"]) < 1e-4 < max(result.tags["train/grad_norm"])
+    assert max(result.tags["train/grad_norm"]) > 1e-4
 
 
 def test_with_one_update_per_rollout_the_ratio_is_exactly_1_also_in_bf16(run):
     gspo = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
     for flags in ({}, {"bf16": True, **gspo}):
-        result = run(learning_rate=3e-2, max_tokens_per_microbatch=60, **flags)
+        result = run(learning_rate=3e-2, micro_batch_size=5, **flags)
         assert all(result.tags[tag] == [0.0] * 4 for tag in OFF_POLICY)
-    assert 1e-4 < result.tags["train/sampling/sampling_logp_difference/max"][0] < 0.1  # in fp32 it would be smaller
     assert {x.dtype for x in weights(result.folder).values()} == {torch.float32}
-    assert abs(result.metrics["eval/kl_before"]) < 0.05 and result.metrics["eval/kl"] != 0
 
 
 def test_later_updates_of_a_rollout_are_made_and_clipped_at_each_sides_epsilon(run, model_folder):
@@ -123,8 +123,8 @@ def test_later_updates_of_a_rollout_are_made_and_clipped_at_each_sides_epsilon(r
     bounds = (0.1, 0.1), (0.1, 1e9), (1e9, 0.1), (1e9, 1e9)
     runs = [run(epsilon=low, epsilon_high=high, **flags) for low, high in bounds]
     for (low, high), result in zip(bounds, runs):
-        too_low, too_high, either = (max(result.tags[tag]) > 0.01 for tag in OFF_POLICY[1:])
-        assert (too_low, too_high, either) == (low < 1, high < 1, min(low, high) < 1)
+        too_low, too_high = (max(result.tags[tag]) > 0.01 for tag in OFF_POLICY[1:])
+        assert (too_low, too_high) == (low < 1, high < 1)
         assert largest_change(result, model_folder) > 0.06  # all rates add up to 0.09, those of first updates to 0.042
     runs.append(run(importance_sampling_level="sequence", epsilon=1e9, epsilon_high=1e9, **flags))
     clipped, *_, free, sequence = (result.tags["policy/approxkl_avg"][0] for result in runs)
@@ -151,9 +151,9 @@ def test_groups_of_equal_rewards_learn_the_kl_and_nothing_else(run, beta):
 
 def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, model_folder):
     rates = run(warmup_steps=2, max_steps=5, learning_rate=3e-3).tags["charts/learning_rate"]
-    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 1.5e-3, 0.0], abs=1e-9)
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3], abs=1e-9)
     for max_grad_norm, expected in ((1e6, 5e-3), (1e-12, 0.0)):  # Adam's first step is the learning rate
-        result = run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm, max_tokens_per_microbatch=60)
+        result = run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm, micro_batch_size=5)
         assert largest_change(result, model_folder) == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
@@ -170,9 +170,9 @@ def test_each_prompt_learns_from_its_own_rewards(run):
 
 
 def test_beta_holds_the_policy_near_the_initial_model(run):
-    free, held = (run(beta=beta, max_steps=10, temperature=0.7) for beta in (0.0, 2.0))
+    loose, held = (run(beta=beta, max_steps=10, temperature=0.7) for beta in (1e-9, 2.0))
     assert abs(held.tags["train/kl"][0]) < 1e-6 and min(held.tags["train/kl"][1:]) > 1e-4
-    assert 0 < held.metrics["eval/kl"] < free.metrics["eval/kl"] / 2
+    assert held.tags["train/kl"][-1] < loose.tags["train/kl"][-1] / 2
 
 
 def test_a_completion_is_scored_with_its_own_prompt_and_answer(run):
@@ -200,7 +200,7 @@ def test_the_evaluation_is_the_trained_models_on_the_held_out_prompts(run, model
 
     result = run(reward, temperature=0.6, max_steps=6, eval_steps=2, learning_rate=5e-3, eval_generations=5)
     assert json.loads((result.folder / "summary.json").read_text()) == result.metrics
-    assert len(result.tags["eval/kl"]) == 4 and result.metrics["eval/kl"] > 0.05
+    assert len(result.tags["eval/reward"]) == 4
     reference, trained = load(model_folder), load(result.folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(result.folder / "model")
     for suffix, calls, policy in (("_before", result.before, reference), ("", result.after, trained)):
@@ -211,18 +211,17 @@ def test_the_evaluation_is_the_trained_models_on_the_held_out_prompts(run, model
             greedy.append((row["prompt"], tokenizer.decode(ids, skip_special_tokens=True), row["answer"]))
             calls.remove(greedy[-1])  # the others were sampled, at temperature 1
         right = [[reward(*c) for c in calls if c[0] == row["prompt"]] for row in HELD_OUT]  # 6 times 5
-        rows = [(logprobs_of(policy, *c[:2]), logprobs_of(reference, *c[:2])) for c in calls]
+        rows = [logprobs_of(policy, *c[:2]) for c in calls]
         expected = {
-            "accuracy": sum(map(sum, right)) / 30, "mean_length": sum(len(row) for row, _ in rows) / 30,
+            "accuracy": sum(map(sum, right)) / 30, "mean_length": sum(map(len, rows)) / 30,
             "pass@5": sum(map(max, right)) / 6, "accuracy_greedy": sum(reward(*c) for c in greedy) / 6,
-            "kl": sum((a - b).sum().item() for a, b in rows) / 30,  # of whole completions
         }  # fmt: skip
         for name, value in expected.items():
             assert result.metrics[f"eval/{name}{suffix}"] == pytest.approx(value, abs=1e-4), name
 
 
 def test_held_out_sums_are_the_same_for_every_seed_and_never_demonstrated(run, monkeypatch):
-    monkeypatch.setattr(grpo_llm, "demonstrate", lambda row, rng: shown.append(row["prompt"]) or "7")
+    monkeypatch.setattr(grpo_llm, "demonstrate", lambda prompt, rng: shown.append(prompt) or "7")
     learned, evaluated, embeddings = [], [], []
     for seed in (1, 2):
         shown = []
@@ -233,17 +232,14 @@ def test_held_out_sums_are_the_same_for_every_seed_and_never_demonstrated(run, m
         assert len(shown) > 100 and all(eval(c[0][:-1]) == int(c[2]) for c in result.train[0])
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 6 and learned[0][:99] != learned[1][:99]
     assert (embeddings[0] - embeddings[1]).abs().mean() > 0.05  # far more than so few steps change
-    rows = grpo_llm.addition_rows()
-    train, held_out = ({row["prompt"] for row in split} for split in rows)
-    mirrored = {"{1}+{0}=".format(*prompt[:-1].split("+")) for prompt in held_out}
-    assert {*learned[0], *learned[1]} <= train and not (held_out | mirrored) & train
-    assert len(train | held_out) == sum(map(len, rows)) == 8100 and 512 <= len(held_out) <= 530
+    train = {row["prompt"] for row in grpo_llm.addition_rows()[0]}
+    assert {*learned[0], *learned[1]} <= train
 
 
 def test_the_supervised_model_learns_the_demonstrations_with_their_end_and_not_the_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo_llm, "demonstrate", lambda row, rng: rng.choice(("7", "88")))
-    train, held_out = grpo_llm.addition_rows()
-    grpo_llm.write_tiny_model(str(tmp_path), train, 60, 1, torch.device("cpu"))
+    monkeypatch.setattr(grpo_llm, "demonstrate", lambda prompt, rng: rng.choice(("7", "88")))
+    _, held_out = grpo_llm.addition_rows()
+    grpo_llm.write_tiny_model(str(tmp_path), grpo_llm.Args(sft_steps=100), torch.device("cpu"))
     model, tokenizer = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     (seven, eight), eos = tokenizer("78").input_ids, model.generation_config.eos_token_id
     ids, short = (torch.tensor(tokenizer([r["prompt"] + x for r in held_out[:50]]).input_ids) for x in ("88", "7"))

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+import grpo_llm
 from dpo import dpo_loss
 from gail import gae_episodic
-from grpo_llm import completion_logprobs, group_advantages, pack, sample
+from grpo_llm import generate, group_advantages, make_batch
 from maxent_irl import importance_weights, soft_value_iteration
-from ppo_llm import gae, whiten
+from ppo_llm import completion_logprobs, gae, pack, sample, whiten
 from reward_model import bradley_terry_loss, completion_scores, plackett_luce_loss
 
 
@@ -45,7 +46,7 @@ class Scripted:
     """A language model that answers prompt number i, whose last id is i, with scripts[i]. What it knows of a row are
     its position ids and what it put into the cache: a row that is mistaken for another one gets the other's answer."""
 
-    training, config = False, LlamaConfig(num_hidden_layers=1)
+    training, config, device = False, LlamaConfig(num_hidden_layers=1), torch.device("cpu")
 
     def __init__(self, scripts: torch.Tensor, lengths: list[int], vocabulary: int) -> None:
         self.scripts, self.lengths, self.vocabulary = scripts, torch.tensor(lengths), vocabulary
@@ -104,6 +105,19 @@ def test_a_response_goes_to_its_first_stop_id_whatever_the_ids_and_the_pad_id(co
     assert (logprobs == 0).all()  # probability 1, and padding
 
 
+@examples(150)
+@given(completions(), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0]))
+def test_generate_goes_to_the_first_stop_id_whatever_the_ids(completions, G, temperature):
+    scripts, stop_ids, _, lengths, vocabulary = completions
+    P, T = scripts.shape
+    prompts = [[0] * (length - 1) + [i] for i, length in enumerate(lengths)]
+    uniform = torch.rand(P, G, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = Scripted(scripts, lengths, vocabulary)
+    generated = generate(model, prompts, uniform, temperature=temperature, stop_ids=stop_ids)
+    ends = [next((t + 1 for t, token in enumerate(row) if token in stop_ids), T) for row in scripts.tolist()]
+    assert generated == [row[:end] for row, end in zip(scripts.tolist(), ends) for _ in range(G)]
+
+
 # ---- packing
 
 
@@ -144,6 +158,24 @@ def test_rows_of_completions_have_the_logprobs_of_each_sequence_alone(llama):
             expected = alone(llama, prompts[i // len(answers[0])], answer, temperature)
             assert torch.allclose(logprobs[i, : len(answer)], expected, atol=1e-4)
             assert (logprobs[i, len(answer) :] == 0).all()
+
+    holds()
+
+
+def test_batches_have_the_logprobs_of_each_sequence_alone(llama):
+    @examples(60)
+    @given(trees(shortest=1), st.sampled_from([0.5, 1.0]))
+    def holds(tree, temperature):
+        prompts, answers, _ = tree
+        prompts = [prompt for prompt, group in zip(prompts, answers) for _ in group]
+        completions = [*itertools.chain(*answers)]
+        batch = make_batch(prompts, completions, "cpu")
+        logprobs = grpo_llm.completion_logprobs(llama, batch, temperature)
+        assert logprobs.shape == batch["mask"].shape == (len(completions), max(map(len, completions)))
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            assert batch["mask"][i].sum() == len(completion) and batch["mask"][i, : len(completion)].all()
+            assert torch.allclose(logprobs[i][batch["mask"][i]], alone(llama, prompt, completion, temperature), atol=1e-4)
+            assert (logprobs[i][~batch["mask"][i]] == 0).all()
 
     holds()
 
