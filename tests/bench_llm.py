@@ -28,7 +28,6 @@ output is one JSON object. Linux only. On the CPU, TRL takes about 7 GB at the s
 """
 
 import argparse
-import importlib
 import json
 import os
 import random
@@ -50,9 +49,9 @@ SIZES = {  # layers, hidden, MLP, heads, key-value heads, vocabulary; the last t
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936),
 }
-PROMPTS, GENERATIONS, PROMPT_LENGTH, MAX_COMPLETION = 8, 8, 64, 64  # of grpo and ppo
+PROMPTS, GENERATIONS = 8, 8  # of grpo and ppo
 PPO_EPOCHS, PPO_MINIBATCHES = 4, 4
-PAIRS, PAIR_PROMPT_LENGTH, ANSWER_LENGTH = 8, 128, 64  # of dpo and reward
+PAIRS = 8  # of dpo and reward
 EOS_CHANCE = 1 / 32
 LEARNING_RATE = 1e-10  # no weight moves visibly. 0 means "the default" to some flags; with 1e-30 the value head, zero at
 # first, would send back gradients below 1e-38, which a CPU multiplies ten times as slowly
@@ -76,14 +75,14 @@ def build(spec: dict) -> None:
     rng = random.Random(0)
     with open("prompts.jsonl", "w") as file:
         for _ in range(PROMPTS * GENERATIONS * (spec["steps"] + spec["warmup"] + 2)):
-            prompt = "".join(rng.choices(letters, k=PROMPT_LENGTH))
+            prompt = "".join(rng.choices(letters, k=spec["prompt_length"]))
             file.write(json.dumps({"prompt": prompt, "answer": "0"}) + "\n")
     with open("pairs.jsonl", "w") as file:
         for _ in range(PAIRS * (spec["steps"] + spec["warmup"] + 2)):
             lengths = {
-                "prompt": PAIR_PROMPT_LENGTH,
-                "chosen": ANSWER_LENGTH - 1,
-                "rejected": ANSWER_LENGTH - 1,
+                "prompt": spec["prompt_length"],
+                "chosen": spec["completion_length"] - 1,
+                "rejected": spec["completion_length"] - 1,
             }  # + EOS
             file.write(json.dumps({key: "".join(rng.choices(letters, k=k)) for key, k in lengths.items()}) + "\n")
 
@@ -182,10 +181,48 @@ def microbatch_flag(spec: dict) -> dict:
     return {"max_tokens_per_microbatch": tokens} if tokens else {}
 
 
-def policy_ours(spec: dict, watch: Stopwatch) -> None:
-    """grpo_llm.py or ppo_llm.py."""
+def grpo_ours(spec: dict, watch: Stopwatch) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    script = importlib.import_module(f"{spec['method']}_llm")
+    import grpo_llm
+
+    generate, score = grpo_llm.generate, grpo_llm.score
+
+    def watched_generate(model, prompts, uniform, **kwargs):
+        training = uniform.shape[1] == GENERATIONS  # evaluation: one completion a prompt
+        if training:
+            watch.next_step()
+        completions = generate(model, prompts, uniform, **kwargs)
+        if training:
+            watch.lengths = [len(completion) for completion in completions]
+        return completions
+
+    def watched_score(*args, **kwargs):
+        watch.mark("rollout")
+        result = score(*args, **kwargs)
+        watch.mark("reward")
+        if len(result[0]) == PROMPTS * GENERATIONS:
+            rewards = result[0].view(PROMPTS, GENERATIONS)
+            watch.equal = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
+        return result
+
+    def crc_reward(completions: list[str], **columns) -> list[float]:
+        return [reward(completion) for completion in completions]
+
+    grpo_llm.generate, grpo_llm.score = watched_generate, watched_score
+    grpo_llm.REWARDS = {"crc": (crc_reward, 1.0)}
+    steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
+    grpo_llm.main(grpo_llm.Args(
+        model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"],
+        max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PROMPTS, learning_rate=LEARNING_RATE,
+        generation_batch_size=PROMPTS * GENERATIONS, num_generations=GENERATIONS, eval_generations=1,
+        max_completion_length=spec["completion_length"], seed=spec["seed"],
+    ))  # fmt: skip
+
+
+def ppo_ours(spec: dict, watch: Stopwatch) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import ppo_llm as script
+
     generations = spec["num_generations"]
     prompts = PROMPTS * GENERATIONS // generations
     sample, score_completions = script.sample, script.score_completions
@@ -216,15 +253,14 @@ def policy_ours(spec: dict, watch: Stopwatch) -> None:
     steps = watch.steps_left + 1  # the stopwatch ends the process at the entry of the last one
     flags = {"eval_generations": 1}  # fewer than in training, so that the stopwatch tells them apart
     flags |= microbatch_flag(spec)
-    if spec["method"] == "ppo":
-        flags |= {
-            "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
-            "share_value_backbone": spec["share_value_backbone"],
-        }  # fmt: skip
+    flags |= {
+        "num_ppo_epochs": PPO_EPOCHS, "num_mini_batches": PPO_MINIBATCHES,
+        "share_value_backbone": spec["share_value_backbone"],
+    }  # fmt: skip
     script.main(script.Args(
         model_name_or_path="model", dataset_name="prompts.jsonl", device=spec["device"], bf16=spec["bf16"],
         max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PROMPTS, learning_rate=LEARNING_RATE,
-        generation_batch_size=PROMPTS * GENERATIONS, num_generations=generations, max_completion_length=MAX_COMPLETION,
+        generation_batch_size=PROMPTS * GENERATIONS, num_generations=generations, max_completion_length=spec["completion_length"],
         seed=spec["seed"], **flags,
     ))  # fmt: skip
 
@@ -251,7 +287,7 @@ def grpo_peer(spec: dict, watch: Stopwatch) -> None:
             model_init_kwargs={"dtype": "float32"}, bf16=spec["bf16"], use_cpu=spec["device"] == "cpu",
             per_device_train_batch_size=PROMPTS * GENERATIONS, gradient_accumulation_steps=1,
             gradient_checkpointing=False, optim="adamw_torch_fused", learning_rate=LEARNING_RATE, max_grad_norm=1.0,
-            num_generations=GENERATIONS, max_completion_length=MAX_COMPLETION, temperature=1.0, top_k=0, top_p=1.0,
+            num_generations=GENERATIONS, max_completion_length=spec["completion_length"], temperature=1.0, top_k=0, top_p=1.0,
             beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, seed=spec["seed"],
         ),
     )  # fmt: skip
@@ -299,7 +335,7 @@ def ppo_peer(spec: dict, watch: Stopwatch) -> None:
 
     def watched_indices(bools):
         index = first_true_indices(bools)
-        if bools.shape[1] == MAX_COMPLETION:  # of the padding in the responses
+        if bools.shape[1] == spec["completion_length"]:  # of the padding in the responses
             watch.lengths = index.tolist()
         return index
 
@@ -319,7 +355,7 @@ def ppo_peer(spec: dict, watch: Stopwatch) -> None:
             per_device_train_batch_size=batch, gradient_accumulation_steps=1, local_rollout_forward_batch_size=batch,
             num_ppo_epochs=PPO_EPOCHS, num_mini_batches=PPO_MINIBATCHES, gradient_checkpointing=False,
             optim="adamw_torch_fused", learning_rate=LEARNING_RATE, max_grad_norm=1.0, temperature=1.0,
-            response_length=MAX_COMPLETION, stop_token="eos", seed=spec["seed"],
+            response_length=spec["completion_length"], stop_token="eos", seed=spec["seed"],
         ),
         processing_class=tokenizer, model=policy, ref_model=reference, reward_model=CheapReward(), value_model=value,
         train_dataset=data, eval_dataset=data.select(range(batch)),
@@ -336,7 +372,7 @@ def pairs_ours(spec: dict, watch: Stopwatch) -> None:
 
     def watched_lr_factor(*args):  # asked for once before training, and after each optimizer step
         watch.next_step()
-        watch.lengths = [ANSWER_LENGTH] * 2 * PAIRS
+        watch.lengths = [spec["completion_length"]] * 2 * PAIRS
         return lr_factor(*args)
 
     script.lr_factor = watched_lr_factor
@@ -356,7 +392,7 @@ def pairs_peer(spec: dict, watch: Stopwatch) -> None:
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             watch.next_step()
-            watch.lengths = [ANSWER_LENGTH] * 2 * PAIRS
+            watch.lengths = [spec["completion_length"]] * 2 * PAIRS
 
     settings = {
         "output_dir": "peer", "save_strategy": "no", "report_to": "none", "logging_steps": 1,
@@ -373,8 +409,8 @@ def pairs_peer(spec: dict, watch: Stopwatch) -> None:
 
 
 METHODS = {
-    "grpo": (policy_ours, grpo_peer),
-    "ppo": (policy_ours, ppo_peer),
+    "grpo": (grpo_ours, grpo_peer),
+    "ppo": (ppo_ours, ppo_peer),
     "dpo": (pairs_ours, pairs_peer),
     "reward": (pairs_ours, pairs_peer),
 }
@@ -440,16 +476,16 @@ def limits(options: argparse.Namespace, side: dict) -> dict[str, float]:
     body = layers * (hidden * hidden * (2 + 2 * kv_heads / heads) + 3 * hidden * mlp)
     rollout, update = side["phases"]["rollout"], side["phases"]["update"]
     if options.method in ("dpo", "reward"):
-        tokens = 2 * PAIRS * ANSWER_LENGTH
+        tokens = 2 * PAIRS * options.completion_length
         head_tokens = tokens if options.method == "dpo" else 0
-        flop = 6 * (body * (PAIRS * PAIR_PROMPT_LENGTH + tokens) + head * head_tokens)
+        flop = 6 * (body * (PAIRS * options.prompt_length + tokens) + head * head_tokens)
         return {
             "update_tokens_per_second": tokens / update,
             "update_share_of_flops": flop / options.peak_flops / update,
         }
     tokens = side["mean_length"] * PROMPTS * GENERATIONS
     read = side["longest"] * (body + head) * (2 if options.bf16 else 4)
-    seen = PROMPTS * GENERATIONS // options.num_generations * PROMPT_LENGTH + tokens
+    seen = PROMPTS * GENERATIONS // options.num_generations * options.prompt_length + tokens
     flop = 6 * (body * seen + head * tokens)
     if options.method == "ppo":  # and the value network, and both and the reference's forward pass before
         bodies = 1 if options.share_value_backbone else 2
@@ -472,6 +508,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not counted")
     parser.add_argument("--seed", type=int, default=2, help="of the samplers (default: 2)")
     parser.add_argument("--num-generations", type=int, help="completions a prompt (default: 8 for grpo, 1 for ppo)")
+    parser.add_argument("--prompt-length", type=int, help="tokens (default: 64, in dpo and reward 128)")
+    parser.add_argument("--completion-length", type=int, default=64, help="tokens at most (in dpo and reward: exactly)")
     parser.add_argument("--share-value-backbone", action="store_true", help="ppo, our side only")
     parser.add_argument("--max-tokens-per-microbatch", type=int, help="our side only (default: the script's)")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
@@ -479,6 +517,7 @@ def main() -> None:
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
     options = parser.parse_args()
     options.num_generations = options.num_generations or (1 if options.method == "ppo" else GENERATIONS)
+    options.prompt_length = options.prompt_length or (128 if options.method in ("dpo", "reward") else 64)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, which ends the workers and clears the folder
 
     peer = peer_version(options.peer_python)
@@ -536,6 +575,7 @@ def main() -> None:
     result = {
         "method": options.method, "size": options.size, "device": options.device,
         "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
+        "prompt_length": options.prompt_length, "completion_length": options.completion_length,
         "num_generations": options.num_generations, "share_value_backbone": options.share_value_backbone,
         "max_tokens_per_microbatch": options.max_tokens_per_microbatch,
         "ratio": other and other["seconds"] / ours["seconds"],
