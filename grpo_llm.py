@@ -91,7 +91,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-VERSION = "0.3.0"
+VERSION = "grpo_llm.py 0.3.0"  # another one's runs are not resumed
 
 
 @dataclass
@@ -1150,7 +1150,7 @@ def load_checkpoint(args: Args) -> tuple[Args, dict]:
         raise UserError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped too early")
     saved = json.loads((run_dir / "args.json").read_text())
     if saved.get("version") != VERSION:
-        raise UserError(f"--resume {run_dir} is no run of {VERSION}: use what made it")
+        raise UserError(f"--resume {run_dir} is no run of {VERSION}: go on with what made it")
     checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     args = Args(**saved["args"])
     args.resume = str(run_dir)

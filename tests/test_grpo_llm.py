@@ -747,9 +747,9 @@ def test_what_a_run_leaves_and_prints(tiny, graded, capsys):
 
 def test_a_run_of_another_version_is_refused_in_one_sentence(tiny, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"")
-    for saved in ({"script": "grpo_llm.py", "args": {"beta": 0.0}}, {"version": "ppo_llm.py 0.3", "args": {}}):
+    for saved in ({"script": "grpo_llm.py", "args": {"beta": 0.0}}, {"version": "ppo_llm.py 0.3.0", "args": {}}):
         (tmp_path / "args.json").write_text(json.dumps(saved))
-        with pytest.raises(UserError, match="version"):
+        with pytest.raises(UserError, match="no run of grpo_llm.py"):
             main(Args(resume=str(tmp_path)))
     with pytest.raises(UserError, match="beta.*seed|seed.*beta"):
         main(Args(resume=str(tmp_path), seed=5, beta=0.5))

@@ -1,13 +1,20 @@
 """The README's recipes do what they say, in a folder of a newcomer's: the scripts and what the recipe adds."""
 
+import json
 import re
 import shlex
 import shutil
 import string
 import subprocess
 import sys
+import textwrap
 
-from conftest import ROOT, save_tiny_model
+import pytest
+import torch
+from conftest import MORE_SUMS, ROOT, make_tokenizer, save_tiny_model, write_rows
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+import grpo_llm
 
 README = (ROOT / "README.md").read_text()
 ROLLOUT = "--max-steps 1 --generation-batch-size 8 --max-completion-length 8 --max-eval-samples 8"
@@ -19,17 +26,17 @@ SMALL = {  # what makes a recipe's command a matter of seconds
 
 
 def test_the_recipes_run(tmp_path):
-    """Each is at most ten lines of Python."""
+    """Each is at most eleven lines of Python."""
     model_folder = save_tiny_model(tmp_path / "model", string.digits + string.ascii_letters + " ?+-=.")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     section = README.split("## Recipes")[1].split("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "bash"] * 4
+    assert [language for language, _ in blocks].count("bash") == 4
     for language, text in blocks:
         if language == "python":
             name, code = re.fullmatch(r"# (\w+\.py)\n(.*)", text, re.DOTALL).groups()
-            assert len([line for line in code.splitlines() if line]) <= 10
+            assert len([line for line in code.splitlines() if line]) <= 11
             (tmp_path / name).write_text(code)
             continue
         for command in text.strip().splitlines():
@@ -43,8 +50,66 @@ def test_the_recipes_run(tmp_path):
                 folder = tmp_path / done.stdout.splitlines()[-1]
                 assert (folder / "summary.json").is_file()
                 if script == "my_reward.py":
-                    assert "eval/work" in (folder / "summary.json").read_text() and "__my_reward__" in folder.name
+                    assert "eval/short" in (folder / "summary.json").read_text() and "__my_reward__" in folder.name
                     subprocess.run([sys.executable, script, "--resume", folder], cwd=tmp_path, timeout=300, check=True)
+
+
+def python_block(name: str) -> str:
+    (code,) = re.findall(rf"```python\n *# {name}\n(.*?)```", README, re.DOTALL)
+    return textwrap.dedent(code)
+
+
+def test_a_reward_model_is_a_reward_function(tmp_path):
+    model_folder = save_tiny_model(tmp_path / "model")
+    shutil.copy(ROOT / "grpo_llm.py", tmp_path)
+    (tmp_path / "my_judge.py").write_text(python_block("my_judge.py"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, num_labels=1
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    write_rows(tmp_path / "rows.jsonl", MORE_SUMS)
+    words = f"judge --model-name-or-path {model_folder} --dataset-name rows.jsonl {ROLLOUT}".split()
+    command = [sys.executable, "my_judge.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / done.stdout.splitlines()[-1] / "summary.json").read_text())
+    assert summary["eval/reward"] == summary["eval/judge"] != 0 and "eval/accuracy" not in summary
+
+
+def test_formulas_are_compared_by_math_verify(tmp_path):
+    pytest.importorskip("trl.rewards")
+    pytest.importorskip("math_verify")
+    model_folder = save_tiny_model(tmp_path / "model", string.printable)
+    shutil.copy(ROOT / "grpo_llm.py", tmp_path)
+    (tmp_path / "my_formulas.py").write_text(python_block("my_formulas.py"))
+    rows = [{"problem": f"What is 1/{n}?", "solution": f"$\\frac{{1}}{{{n}}}$"} for n in range(40)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = f"--model-name-or-path {model_folder} --dataset-name rows.jsonl {ROLLOUT}".split()
+    command = [sys.executable, "my_formulas.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_merged_adapters_are_a_model(tmp_path):
+    model_folder = save_tiny_model(tmp_path / "model")
+    (tmp_path / "merge.py").write_text(python_block("merge.py"))
+    args = grpo_llm.Args(lora_r=2)
+    model, tokenizer = grpo_llm.load_model(model_folder, args, torch.device("cpu"))
+    grpo_llm.add_adapters(model, args)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    model.save_pretrained(tmp_path / "adapters")
+    tokenizer.save_pretrained(tmp_path / "adapters")
+    command = [sys.executable, "merge.py", "adapters", "merged"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged, _ = grpo_llm.load_model(str(tmp_path / "merged"), grpo_llm.Args(), torch.device("cpu"))
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.allclose(merged(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-4)
 
 
 SHOWN = """
