@@ -114,7 +114,7 @@ class Args:
     max_eval_samples: int = 256  # held-out rows to evaluate on, the same for every seed
     bf16: tyro.conf.DisallowNone[bool | None] = None  # bf16 autocast, fp32 weights. None: on CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    micro_batch_size: int = 16  # sequences per pass of the update; affects memory and speed only
+    micro_batch_size: int = 8  # sequences per pass of the update; affects memory and speed only
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to almost 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
@@ -1031,7 +1031,9 @@ def load_examples(args: Args, tokenizer, config, rank: int) -> tuple[list[Exampl
     examples = make_examples(train_rows, tokenizer, max_length, rank)
     held_out = make_examples(test_rows, tokenizer, max_length, rank)
     if not test_rows:  # hold out a tenth of the prompts, the same for every seed
-        held_out = [e for e in examples if named_seed(0, str(e.prompt), 0) % 10 == 0]
+        prompts = sorted({str(example.prompt) for example in examples})
+        prompts = set(random.Random(0).sample(prompts, len(prompts) // 10))
+        held_out = [example for example in examples if str(example.prompt) in prompts]
     held_out = held_out[: args.max_eval_samples]
     prompts = {str(example.prompt) for example in held_out}
     train = [example for example in examples if str(example.prompt) not in prompts]
@@ -1039,7 +1041,7 @@ def load_examples(args: Args, tokenizer, config, rank: int) -> tuple[list[Exampl
     if not train or not held_out:
         raise UserError(f"--dataset-name: {counts}: too few")
     if rank == 0:
-        print(f"{counts}, which have other prompts")
+        print(f"{counts}, with other prompts")
     return train, held_out
 
 
@@ -1093,12 +1095,10 @@ def load_model(name: str, args: Args, device):
 
 def find_stop_ids(model, tokenizer) -> list[int]:
     """EOS, BOS (some models end a text with it), and what ends a turn in the chat template."""
-    stop_ids = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    eos_ids = model.generation_config.eos_token_id  # a number, a list or None
-    if isinstance(eos_ids, list):
-        stop_ids.update(eos_ids)
-    else:
-        stop_ids.add(eos_ids)
+    eos_ids = model.generation_config.eos_token_id
+    if not isinstance(eos_ids, list):  # a number or None
+        eos_ids = [eos_ids]
+    stop_ids = set(eos_ids + [tokenizer.eos_token_id, tokenizer.bos_token_id])
     stop_ids.discard(None)
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]

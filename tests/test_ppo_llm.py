@@ -1,5 +1,5 @@
 """ppo_llm.py: rewards, advantages, loss and values by hand, then whole runs against a naive implementation of PPO.
-What it shares word for word with grpo_llm.py is tested in test_grpo_llm.py."""
+Its sampler, log-probabilities, data and models are tested in test_ppo_shared.py."""
 
 import weakref
 from collections import defaultdict

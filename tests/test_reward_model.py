@@ -14,7 +14,7 @@ from conftest import CONFIGS, make_model, run_folder, scalars, tiny_flags, weigh
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, MistralConfig
 
-import grpo_llm
+import ppo_llm
 import reward_model
 from reward_model import bradley_terry_loss, completion_scores, encode_rankings, load_classifier, pack_rankings
 from reward_model import plackett_luce_loss, preference_loss
@@ -236,7 +236,7 @@ def test_the_pad_token_is_the_classifiers_own(tmp_path, pad):
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_grpo_reads_the_saved_folder_with_the_same_scores(run, template):
+def test_ppo_reads_the_saved_folder_with_the_same_scores(run, template):
     result = run(template=template, max_steps=3, bf16=template is None)  # scores, their mean and std are fp32
     path, saved = result.folder / "model", torch.load(result.folder / "checkpoint.pt", weights_only=True)["model"]
     model, examples = load(path), encode_rankings(TRAIN, AutoTokenizer.from_pretrained(path), 128)
@@ -245,8 +245,8 @@ def test_grpo_reads_the_saved_folder_with_the_same_scores(run, template):
     samples = [{"prompt": row["prompt"], "turns": [{"role": "user", "content": row["prompt"]}], "text": answer}
                for row in TRAIN for answer in row["completions"]]  # fmt: skip
     for normalize in (False, True):  # by the mean and standard deviation of the answers that there are
-        args = grpo_llm.Args(reward_model_path=str(path), normalize_reward_model=normalize)
-        found = grpo_llm.load_reward_model(args, torch.device("cpu"))(samples)
+        args = ppo_llm.Args(reward_model_path=str(path), normalize_reward_model=normalize)
+        found = ppo_llm.load_reward_model(args, torch.device("cpu"))(samples)
         wanted = (scores - scores.mean()) / scores.std() if normalize else scores
         assert torch.allclose(found, wanted, rtol=0, atol=1e-5 if normalize else 1e-6)
 
