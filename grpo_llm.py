@@ -70,7 +70,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -274,6 +274,25 @@ def lr_factor(args: Args, update: int) -> float:
 # ==================================================================================================
 
 
+@dataclass
+class Example:
+    """A row of the dataset, ready to be sampled from."""
+
+    row: dict
+    prompt: str | list
+    prompt_ids: list
+
+
+@dataclass
+class Sample:
+    """A completion of an example."""
+
+    example: Example
+    completion: str | list
+    completion_ids: list
+    is_truncated: bool  # at the maximal length, without a stop token
+
+
 def make_prompt(row: dict) -> str | list[dict]:
     """The prompt of a row. A text is the turn of a user if the model has a chat template."""
     if row.get("prompt") is not None:
@@ -317,21 +336,21 @@ REWARDS = {  # name: (function, weight); weight 0 only logs
 }
 
 
-@dataclass
 class RewardLog:
     """What reward functions log beside their rewards."""
 
-    metrics: dict = field(default_factory=dict)  # lists of numbers
-    columns: dict = field(default_factory=dict)  # lists with a value for each completion
+    def __init__(self):
+        self.metrics = defaultdict(list)  # numbers by name
+        self.columns = {}  # of the sample texts: values by name, one for each completion
 
     def log_metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
+        self.metrics[name].append(float(value))
 
     def log_extra(self, column: str, values: list) -> None:
         self.columns[column] = values
 
 
-def score(args: Args, samples: list["Sample"], step: int, evaluation: bool):
+def score(args: Args, samples: list[Sample], step: int, evaluation: bool):
     """Call the reward functions.
 
     Returns the weighted sums of rewards (P * G,), where None counts 0; the rewards by function
@@ -530,7 +549,7 @@ def generate(
 
 
 def pad_left(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Token ids (P, L) and the mask of the real ones, 1 or 0. The pad id is 0: all models have it."""
+    """Token ids (P, L), padded with id 0, which all models have; and the mask of the real ones."""
     rows = [torch.tensor(ids) for ids in prompts]
     ones = [torch.ones_like(row) for row in rows]
     input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
@@ -585,25 +604,6 @@ def reference_logprobs(model, reference, batch: dict[str, Tensor], temperature: 
 # ==================================================================================================
 # Training
 # ==================================================================================================
-
-
-@dataclass
-class Example:
-    """A row of the dataset, ready to be sampled from."""
-
-    row: dict
-    prompt: str | list
-    prompt_ids: list
-
-
-@dataclass
-class Sample:
-    """A completion of an example."""
-
-    example: Example
-    completion: str | list
-    completion_ids: list
-    is_truncated: bool  # at the maximal length, without a stop token
 
 
 def rollout(
@@ -938,11 +938,11 @@ def autocast(args: Args, device):
 
 def decode(tokenizer, prompt_ids: list[int], completion_ids: list[int]) -> str:
     """The text that a completion adds to its prompt. Decoded alone, it may lose its first space."""
-    texts = []
-    for ids in (prompt_ids, prompt_ids + completion_ids):
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        texts.append(text)
-    prompt, whole = texts
+    prompt, whole = tokenizer.batch_decode(
+        [prompt_ids, prompt_ids + completion_ids],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
     return whole[len(prompt) :]
 
 
@@ -1051,7 +1051,7 @@ def load_examples(args: Args, tokenizer, config, rank: int) -> tuple[list[Exampl
 
 
 def turn_off_dropout(config: PreTrainedConfig) -> None:
-    """Set the rates of dropout and of router jitter to 0, also in configurations inside this one."""
+    """Set the rates of dropout and router jitter to 0, also in configurations inside this one."""
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             turn_off_dropout(value)
@@ -1179,12 +1179,8 @@ def check_args(args: Args, world_size: int) -> None:
         raise UserError("--num-generations: an advantage takes at least 2 completions of a prompt")
     if args.generation_batch_size % (args.num_generations * world_size) != 0:
         raise UserError("--generation-batch-size: no multiple of --num-generations x processes")
-    if not args.temperature > 0:
-        raise UserError("--temperature must be above 0: at 0 all completions of a prompt are equal")
-    if not args.max_grad_norm > 0:
-        raise UserError("--max-grad-norm must be above 0: 0 trains nothing")
-    if not args.beta >= 0:
-        raise UserError("--beta must not be negative")
+    if not (args.temperature > 0 and args.max_grad_norm > 0 and args.beta >= 0):
+        raise UserError("--temperature and --max-grad-norm must be above 0, --beta at least 0")
     if args.dataset_name is not None and args.model_name_or_path is None:
         raise UserError("--dataset-name needs --model-name-or-path: the tiny model can only add")
 
