@@ -152,6 +152,8 @@ def test_groups_of_equal_rewards_learn_the_kl_and_nothing_else(run, beta):
 def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, model_folder):
     rates = run(warmup_steps=2, max_steps=5, learning_rate=3e-3).tags["charts/learning_rate"]
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3], abs=1e-9)
+    rates = run(num_iterations=2, max_steps=2, learning_rate=4e-3).tags["charts/learning_rate"]
+    assert rates == pytest.approx([3e-3, 1e-3], abs=1e-9)  # of the second of two updates each
     for max_grad_norm, expected in ((1e6, 5e-3), (1e-12, 0.0)):  # Adam's first step is the learning rate
         result = run(max_steps=1, warmup_steps=1, max_grad_norm=max_grad_norm, micro_batch_size=5)
         assert largest_change(result, model_folder) == pytest.approx(expected, rel=1e-2, abs=1e-5)
@@ -259,3 +261,52 @@ def test_every_pass_is_under_autocast_and_those_of_training_are_checkpointed(run
     run(bf16=True, gradient_checkpointing=True, beta=0.1, max_steps=1)
     assert all(autocast for autocast, _, _ in passes)
     assert {is_checkpointed for _, is_training, is_checkpointed in passes if is_training} == {True}
+
+
+def test_no_two_completions_get_the_same_random_numbers(run, monkeypatch):
+    """Neither in one rollout, nor in two, nor in a rollout and an evaluation, of any seed."""
+    seen, real = [], grpo_llm.generate
+
+    def generate(model, prompts, uniform, **options):
+        seen.extend(tuple(row) for row in uniform.flatten(0, 1).tolist())
+        return real(model, prompts, uniform, **options)
+
+    monkeypatch.setattr(grpo_llm, "generate", generate)
+    for seed in (1, 2):
+        run(seed=seed, eval_steps=9, max_steps=3)
+    # Each evaluation decodes 6 prompts, greedy and 4 times; both evaluations of a seed have the same numbers.
+    rollouts = 2 * 3 * 16
+    assert len(seen) == rollouts + 2 * 2 * (6 + 24) and len({*seen}) == rollouts + 2 * (6 + 18 + 6 - 6)
+
+
+def test_reward_functions_are_told_what_is_evaluation_and_which_step_it_is(run, monkeypatch):
+    seen, real = [], grpo_llm.score
+
+    def score(args, samples, **options):
+        seen.append((options["step"], options["evaluation"], {sample.example.prompt for sample in samples}))
+        return real(args, samples, **options)
+
+    monkeypatch.setattr(grpo_llm, "score", score)
+    run(max_steps=2)
+    assert [(step, evaluation) for step, evaluation, _ in seen] == [
+        (0, True), (0, True), (0, False), (1, False), (2, True), (2, True)
+    ]  # fmt: skip
+    held_out = {row["prompt"] for row in HELD_OUT}
+    assert all((prompts <= held_out) == evaluation for _, evaluation, prompts in seen)
+
+
+def test_evaluation_samples_at_temperature_1_whatever_the_rollouts(run):
+    cold, warm = (run(temperature=temperature, learning_rate=FROZEN) for temperature in (0.01, 1.0))
+    assert cold.before == warm.before and cold.train != warm.train
+
+
+def test_a_completion_that_ends_with_any_stop_id_is_whole(run, model_folder, tmp_path):
+    model = load(model_folder)
+    model.generation_config.eos_token_id = [1, 4, 5]
+    model.save_pretrained(tmp_path / "stops")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "stops")
+    result = run(model_name_or_path=str(tmp_path / "stops"), learning_rate=FROZEN)
+    for share, calls in zip(result.tags["train/completions/clipped_ratio"], result.train):
+        whole = [len(text) < 6 or text[-1] in (TOKENS[4], TOKENS[5]) for _, text, _ in calls]
+        assert share == pytest.approx(1 - sum(whole) / 16)
+        assert any(text and text[-1] in (TOKENS[4], TOKENS[5]) for _, text, _ in calls)

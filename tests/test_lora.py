@@ -44,6 +44,7 @@ def test_a_few_steps_move_the_adapters_and_nothing_else(run, model_folder, monke
     assert all(p.abs().max() > 0 for name, p in adapters.items() if "lora_B" in name)  # zero at first
     assert set(torch.load(folder / "checkpoint.pt", weights_only=True)["trained"]) == set(adapters)
     assert not any("lm_head" in name for name in adapters)
+    assert {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_alpha")} == {2}
 
 
 def test_the_reference_is_the_untouched_base(run, model_folder):
