@@ -21,13 +21,13 @@ w_i is the weight of each token of completion i, in a batch of B completions of 
                                                            --beta 0.04
     Dr. GRPO arXiv:2503.20783   w_i = 1 / (B T_max)        --loss-type dr_grpo --epsilon-high 0.2
                                                            --scale-rewards none
-    CISPO    arXiv:2506.13585   w_i = 1 / sum_j |o_j|      --loss-type cispo; the term of a token is
-                                                           min(rho_it, 1 + eps_high) A_i log pi,
-                                                           without a gradient through rho_it
+    CISPO    arXiv:2506.13585   w_i = 1 / sum_j |o_j|      --loss-type cispo --num-iterations 2; a
+                                                           token's term is min(rho_it, 1 + eps_high)
+                                                           A_i log pi, no gradient through rho_it
     GSPO     arXiv:2507.18071   w_i = 1 / (B |o_i|)        --importance-sampling-level sequence
-                                                           --loss-type grpo --epsilon 3e-4
-                                                           --epsilon-high 4e-4; rho_i is that of
-                                                           the completion, to the power 1 / |o_i|
+                                                           --loss-type grpo --num-iterations 2
+                                                           --epsilon 3e-4 --epsilon-high 4e-4; rho
+                                                           of a completion, to the power 1 / |o_i|
 
 The weight matters. With GRPO's, the longer a wrong answer is, the less each of its tokens is
 punished, so wrong answers grow. With DAPO's, all tokens count alike, so long completions count
@@ -36,8 +36,8 @@ always or nearly never solved. DAPO also has --mask-truncated-completions, and d
 which is not here.
 
 With --num-iterations 1, the default, each rollout serves one optimizer step. Then rho is 1, so
-clipping never acts, and the method is REINFORCE with the mean of the group as its baseline.
-Clipping needs --num-iterations 2 or more.
+clipping never acts, and the method is REINFORCE with the mean of the group as its baseline: CISPO
+equals DAPO, and GSPO equals GRPO. Only --num-iterations 2 or more makes them differ.
 
     python grpo_llm.py                             # laptop, offline: a tiny model learns to add
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
@@ -91,7 +91,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-VERSION = "grpo_llm.py 0.3.0"  # another one's runs are not resumed
+VERSION = "grpo_llm.py 0.3.0"  # --resume refuses the runs of other scripts and versions
 
 
 @dataclass
@@ -177,14 +177,15 @@ def grpo_loss(
     beta: float = 0.0,
     max_completion_length: int | None = None,  # needed by dr_grpo
     importance_sampling_level: str = "token",
-    num_tokens: Tensor | float | None = None,  # of the whole update; None: of this micro-batch
-    num_sequences: int | None = None,  # of the whole update; None: of this micro-batch
+    num_tokens: Tensor | float | None = None,  # divisor: the tokens of the whole update
+    num_sequences: int | None = None,  # divisor: the completions of the whole update
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimize, and statistics by name, which are means over tokens.
 
-    Divisors count the whole update, so the losses (and statistics) of its micro-batches add up to
-    its own. The value of the loss measures nothing: on-policy, dapo's is minus the mean advantage
-    of a token. Only its gradient matters.
+    The divisors count all micro-batches of an update (of a process, on average), so their losses
+    and statistics add up to those of the update. Without divisors, this micro-batch is the update.
+    The value of the loss is no measure of progress: on-policy, dapo's is minus the mean advantage
+    of a token, about 0. Only its gradient matters.
     """
     if num_tokens is None:
         num_tokens = mask.sum().clamp(min=1)
@@ -308,9 +309,14 @@ def make_prompt(row: dict) -> str | list[dict]:
 
 
 def accuracy_reward(completions, answer=None, solution=None, **columns) -> list[float | None]:
-    """1 if the number that a completion ends with is the answer, else 0. None without a number."""
+    """1 if the number that a completion ends with is the answer, else 0.
+
+    None if the column `answer` (or `solution`) holds no number.
+    """
     if answer is None:
         answer = solution
+    if answer is None:
+        answer = [None] * len(completions)
     rewards = []
     for completion, reference in zip(completions, answer, strict=True):
         expected = reference_number(reference)
@@ -463,7 +469,7 @@ def completion_number(text: str) -> float | None:
     if not positions:
         return None
     last = positions[-1]
-    if words[last - 1] in ("+", "-", "*", "/", "^", "or"):  # 12 or 13, 3 / 4
+    if last > 0 and words[last - 1] in ("+", "-", "*", "/", "^", "or"):  # 12 or 13, 3 / 4
         return None
     return to_number(words[last].strip("()!?,:'\""))
 
@@ -612,7 +618,7 @@ def rollout(
     tokenizer,
     stop_ids: list[int],
     examples: list[Example],
-    numbers: range,  # which of the examples; with the purpose, a number seeds its completions
+    indices: range,  # of the examples to sample from; purpose and index seed the random numbers
     purpose: str,
     num_generations: int,
     temperature: float,
@@ -620,12 +626,12 @@ def rollout(
     """Sample completions of examples, those of an example together."""
     prompts_at_once = max(1, args.rollout_batch_size // num_generations)
     completions = []
-    for start in range(0, len(numbers), prompts_at_once):
+    for start in range(0, len(indices), prompts_at_once):
         prompts = []
         uniform = []
-        for number in numbers[start : start + prompts_at_once]:
-            prompts.append(examples[number].prompt_ids)
-            generator = torch.Generator().manual_seed(named_seed(args.seed, purpose, number))
+        for index in indices[start : start + prompts_at_once]:
+            prompts.append(examples[index].prompt_ids)
+            generator = torch.Generator().manual_seed(named_seed(args.seed, purpose, index))
             shape = (num_generations, args.max_completion_length)
             uniform.append(torch.rand(shape, dtype=torch.float64, generator=generator))
         with autocast(args, model.device):
@@ -639,7 +645,7 @@ def rollout(
 
     samples = []
     for i, completion_ids in enumerate(completions):
-        example = examples[numbers[i // num_generations]]
+        example = examples[indices[i // num_generations]]
         completion = decode(tokenizer, example.prompt_ids, completion_ids)
         if isinstance(example.prompt, list):
             completion = [{"role": "assistant", "content": completion}]
@@ -654,7 +660,7 @@ def evaluate(
     tokenizer,
     stop_ids: list[int],
     examples: list[Example],
-    numbers: range,  # those that this process evaluates
+    indices: range,  # of the examples that this process evaluates
     step: int,
     writer: SummaryWriter | None,
 ) -> dict[str, float]:
@@ -667,7 +673,7 @@ def evaluate(
             tokenizer,
             stop_ids,
             examples=examples,
-            numbers=numbers,
+            indices=indices,
             purpose="evaluation",
             num_generations=k,
             temperature=temperature,
@@ -677,22 +683,19 @@ def evaluate(
             rewards, by_name, log = score(args, samples, step=step, evaluation=True)
             values["reward"] = rewards.tolist()
             values["mean_length"] = [len(sample.completion_ids) for sample in samples]
-            values |= log.metrics
             for name, tensor in by_name.items():
                 values[name] = tensor.tolist()
             if "accuracy" in by_name and k > 1:
                 solved = by_name["accuracy"].view(-1, k).amax(1)  # (P,)
                 values[f"pass@{k}"] = solved.tolist()
+            for name, numbers in log.metrics.items():
+                add_metric(values, name, numbers)
+            if writer is not None and temperature > 0:
+                write_texts(writer, samples, rewards.tolist(), log.columns, k, step)
         for name, mean in means(gather(values)).items():
             metrics[f"eval/{name}{suffix}"] = mean
     if writer is not None:
         write_logs(writer, metrics, step)
-        texts = []
-        for i in range(0, min(len(samples), 10 * k), k):
-            extra = {column: values[i] for column, values in log.columns.items()}
-            sample = samples[i]
-            texts.append(f"{sample.example.prompt} {sample.completion} ({rewards[i]:.2f}) {extra}")
-        writer.add_text("samples", "\n\n".join(texts), step)
     return metrics
 
 
@@ -706,7 +709,7 @@ def main(args: Args) -> dict[str, float]:
         args, checkpoint = load_checkpoint(args)
     rank, world_size, device = start_processes(args)
     check_args(args, world_size)
-    args = replace(args)
+    args = replace(args)  # the caller's flags stay as they are
     if args.bf16 is None:
         args.bf16 = device.type == "cuda"
     if args.rollout_batch_size is None:
@@ -742,16 +745,16 @@ def main(args: Args) -> dict[str, float]:
     while len(order) < args.max_steps * num_prompts:
         rng = random.Random(named_seed(args.seed, "order", len(order)))
         order += rng.sample(train, len(train))
-    eval_numbers = range(rank, len(held_out), world_size)
+    eval_indices = range(rank, len(held_out), world_size)
 
     # ---- optimizer, checkpoint
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0, fused=True)
     first_step = 0
-    num_tokens = 0
+    tokens_seen = 0
     if checkpoint is not None:
         first_step = checkpoint["step"]
-        num_tokens = checkpoint["num_tokens"]
+        tokens_seen = checkpoint["tokens_seen"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         for name, p in trained.items():
             p.data.copy_(checkpoint["trained"][name])
@@ -762,7 +765,7 @@ def main(args: Args) -> dict[str, float]:
     # ---- loop
     if checkpoint is None:
         before = evaluate(
-            args, model, tokenizer, stop_ids, held_out, eval_numbers, step=0, writer=writer
+            args, model, tokenizer, stop_ids, held_out, eval_indices, step=0, writer=writer
         )
         metrics = before
     else:
@@ -779,7 +782,7 @@ def main(args: Args) -> dict[str, float]:
             tokenizer,
             stop_ids,
             examples=order,
-            numbers=range(step * num_prompts, (step + 1) * num_prompts)[rank::world_size],
+            indices=range(step * num_prompts, (step + 1) * num_prompts)[rank::world_size],
             purpose="rollout",
             num_generations=args.num_generations,
             temperature=args.temperature,
@@ -814,16 +817,19 @@ def main(args: Args) -> dict[str, float]:
             num_loss_tokens += batch["loss_mask"].sum()
             microbatches.append(batch)
 
-        # ---- update. Gradients are averaged over processes, and the divisors of the loss are
-        # averages of a process too, so the losses of all micro-batches add up to that of the whole.
+        # ---- update. Gradients are averaged over the processes. So the divisors of the loss are
+        # averages too: the tokens and completions of a process.
         num_loss_tokens = average(num_loss_tokens).clamp(min=1)
-        model.train(args.gradient_checkpointing)  # which acts in this mode only
+        if args.gradient_checkpointing:
+            model.train()  # it acts in this mode only; all dropout is off
         sums = defaultdict(float)
         for iteration in range(args.num_iterations):
             for batch in microbatches:
                 with autocast(args, device):
                     logprobs = completion_logprobs(model, batch, args.temperature)  # (B, T)
-                if iteration == 0:  # before the first update; in bf16 the sampler's differ
+                if iteration == 0:
+                    # Before the first update of this rollout. The sampler's own would differ by
+                    # the rounding of bf16, by more than GSPO's epsilons.
                     batch["old_logprobs"] = logprobs.detach()
                 loss, stats = grpo_loss(
                     logprobs,
@@ -870,11 +876,11 @@ def main(args: Args) -> dict[str, float]:
         for name, tensor in by_name.items():
             values[f"train/rewards/{name}/mean"] = tensor.tolist()
         for name, numbers in log.metrics.items():
-            values[f"train/{name}"] = numbers
+            add_metric(values, f"train/{name}", numbers)
         values = gather(values)
-        num_tokens += sum(values["train/num_tokens"])
+        tokens_seen += sum(values["train/num_tokens"])
         logs = means(values)
-        logs["train/num_tokens"] = num_tokens
+        logs["train/num_tokens"] = tokens_seen  # so far
         logs["train/reward_std"] = torch.tensor(values["train/reward"]).std().item()
         logs["charts/learning_rate"] = learning_rate
         bar.set_postfix(reward=logs["train/reward"], length=logs["train/completions/mean_length"])
@@ -890,7 +896,7 @@ def main(args: Args) -> dict[str, float]:
                 tokenizer,
                 stop_ids,
                 held_out,
-                eval_numbers,
+                eval_indices,
                 step=step + 1,
                 writer=writer,
             )
@@ -898,7 +904,7 @@ def main(args: Args) -> dict[str, float]:
             writer.flush()
             state = {
                 "step": step + 1,
-                "num_tokens": num_tokens,
+                "tokens_seen": tokens_seen,
                 "before": before,
                 "metrics": metrics,
                 "trained": {name: p.data for name, p in trained.items()},
@@ -946,6 +952,24 @@ def decode(tokenizer, prompt_ids: list[int], completion_ids: list[int]) -> str:
     return whole[len(prompt) :]
 
 
+def add_metric(values: dict, name: str, numbers: list[float]) -> None:
+    """Add what a reward function has logged."""
+    if name in values:
+        raise UserError(f"log_metric: {name} is the name of another metric")
+    values[name] = numbers
+
+
+def write_texts(writer, samples, rewards: list, columns: dict, k: int, step: int) -> None:
+    """The first of the k completions of some prompts, with its reward and the extra columns."""
+    texts = []
+    for i in range(0, min(len(samples), 10 * k), k):
+        extra = {column: values[i] for column, values in columns.items()}
+        texts.append(
+            f"{samples[i].example.prompt} {samples[i].completion} ({rewards[i]:.2f}) {extra}"
+        )
+    writer.add_text("samples", "\n\n".join(texts), step)
+
+
 def write_logs(writer: SummaryWriter, logs: dict[str, float], step: int) -> None:
     for name, value in logs.items():
         writer.add_scalar(name, value, step)
@@ -966,13 +990,17 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
             splits = load_dataset(args.dataset_name, args.dataset_config)
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"--dataset-name {path}: {error.__cause__ or error}") from error
-    for split in (args.dataset_train_split, args.dataset_test_split):
-        if split not in splits and split != "test":
+    needed = [args.dataset_train_split]
+    if args.dataset_test_split != "test":  # only "test" may be missing
+        needed.append(args.dataset_test_split)
+    for split in needed:
+        if split not in splits:
             raise UserError(f"--dataset-name {path} has no split {split}, but {list(splits)}")
+    train_rows = list(splits[args.dataset_train_split])
     test_rows = []
     if args.dataset_test_split in splits and args.dataset_test_split != args.dataset_train_split:
         test_rows = list(splits[args.dataset_test_split])
-    return list(splits[args.dataset_train_split]), test_rows
+    return train_rows, test_rows
 
 
 def make_example(row: dict, tokenizer, max_length: int) -> Example:
@@ -999,6 +1027,7 @@ def make_example(row: dict, tokenizer, max_length: int) -> Example:
         raise UserError(f"its prompt has more than {max_length} tokens")
     answer = row.get("answer", row.get("solution"))
     rewarded = [function for function, weight in REWARDS.values() if weight != 0]
+    # Without a number, such a row would teach nothing, unless another function rewards it.
     if rewarded == [accuracy_reward] and reference_number(answer) is None:
         raise UserError(f"its answer is no number: {answer}")
     return Example(row, prompt, prompt_ids)
@@ -1011,7 +1040,7 @@ def make_examples(rows: list[dict], tokenizer, max_length: int, rank: int) -> li
     for number, row in enumerate(rows, start=1):
         try:
             examples.append(make_example(row, tokenizer, max_length))
-        except (UserError, TemplateError, KeyError, TypeError) as error:
+        except (UserError, TemplateError, KeyError, TypeError) as error:  # the last two: no turns
             reasons.append(f"row {number}: {error!r}")
     if len(reasons) > len(examples):
         raise UserError(f"--dataset-name: only {len(examples)} rows can be used; {reasons[0]}")
@@ -1094,7 +1123,7 @@ def load_model(name: str, args: Args, device):
 
 
 def find_stop_ids(model, tokenizer) -> list[int]:
-    """EOS, BOS (some models end a text with it), and what ends a turn in the chat template."""
+    """EOS, BOS (some models, as tinyllamas, end a text with it), and the end of a chat's turn."""
     eos_ids = model.generation_config.eos_token_id
     if not isinstance(eos_ids, list):  # a number or None
         eos_ids = [eos_ids]
@@ -1175,6 +1204,9 @@ def new_run_folder(args: Args, rank: int) -> str:
 
 def check_args(args: Args, world_size: int) -> None:
     """Refuse flags that would fail late, or do something else in silence."""
+    for name in ("max_steps", "eval_steps", "save_steps", "num_iterations", "micro_batch_size"):
+        if vars(args)[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.num_generations < 2:
         raise UserError("--num-generations: an advantage takes at least 2 completions of a prompt")
     if args.generation_batch_size % (args.num_generations * world_size) != 0:

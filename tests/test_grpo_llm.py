@@ -11,7 +11,10 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ROOT, make_model, make_tokenizer, run_folder, with_digit_reward, write_rows
+from conftest import (
+    CONFIGS, ROOT, make_model, make_tokenizer, run_folder, scalars, with_digit_reward, write_rows
+)  # fmt: skip
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -353,7 +356,7 @@ def test_unknown_names_raise():
     ("\\boxed{16\\text{ cm}^2}", 16), ("#### 18 km/h", 18), ("#### \u00a318", 18), ("#### +3", 3), ("1e-05", 1e-5),
     ("\\boxed{x = 42}", 42), ("\\boxed{\\mathbf{42}}", 42), ("<answer>#### 18</answer>", 18), ("it is 1.5e3", 1500),
     ("<answer>\n18\n</answer> 7", 18), ("<answer>1</answer><answer>\\boxed{2}</answer>", 2), ("\\boxed{3} \\boxed{4}", 4),
-    ("\\boxed{90^{\\circ}}", 90), ("\\boxed{7}.", 7), ("#### 2+3=5", 5), ("72\u20ac", 72), ("#### $1,234.50 a day", 1234.5),
+    ("5 or", 5), ("\\boxed{90^{\\circ}}", 90), ("\\boxed{7}.", 7), ("#### 2+3=5", 5), ("72\u20ac", 72), ("#### $1,234.50 a day", 1234.5),
     # not plainly a number: none, and never another one
     ("none", None), ("", None), ("x-3", None), ("\\boxed{\\frac{1}{2}}", None), ("\\boxed{3/4}", None), ("2x", None),
     ("\\boxed{x^2}", None), ("\\boxed{2x}", None), ("#### 2 or 3", None), ("12 or 13", None), ("\\boxed{12 or 13}", None),
@@ -472,6 +475,36 @@ def test_a_weight_of_0_hides_no_missing_reward():
     nones = lambda completions, **columns: [None] * len(completions)  # noqa: E731
     with pytest.raises(UserError, match="asked"):
         score(samples_of("a"), asked=(nones, 1.0), logged=(ones, 0.0))
+
+
+def test_metrics_and_columns_of_reward_functions_are_logged_beside_the_others(tiny):
+    def chatty(completions, log_metric, log_extra, evaluation, **columns):
+        log_metric("seven", 7 + evaluation)
+        log_extra("upper", [text.upper() + "!" for text in completions])
+        return [0.0] * len(completions)
+
+    grpo_llm.REWARDS = {"chatty": (chatty, 1.0)}
+    args = tiny(max_steps=2)
+    metrics = main(args)
+    folder = run_folder(args)
+    assert metrics["eval/seven"] == metrics["eval/seven_greedy"] == 8
+    assert scalars(folder)["train/seven"] == [(1, 7.0), (2, 7.0)]
+    (event, *_) = EventAccumulator(str(folder)).Reload().Tensors("samples/text_summary")
+    assert "'upper': '" in event.tensor_proto.string_val[0].decode()
+
+
+def test_no_metric_overwrites_another(tiny):
+    def rude(completions, log_metric, **columns):
+        log_metric("reward", 7)
+        return [0.0] * len(completions)
+
+    grpo_llm.REWARDS = {"rude": (rude, 1.0)}
+    with pytest.raises(UserError, match="log_metric: reward"):
+        main(tiny())
+
+
+def test_accuracy_applies_to_nothing_where_there_are_no_answers():
+    assert accuracy_reward(["1", "2"], level=[1, 2]) == [None, None]
 
 
 def test_an_error_in_a_reward_function_keeps_its_traceback(tiny):
@@ -618,8 +651,8 @@ def test_split_names(tiny, tmp_path, capsys):
         train, held_out = load(name, **flags)
         assert train and held_out and len(held_out) < len(train)
     assert len(load("other", dataset_test_split="validation")[1]) == 30
-    for flags in ({"dataset_test_split": "nonsense"}, {"dataset_train_split": "nonsense"}):
-        with pytest.raises(UserError, match="no split nonsense"):
+    for flags in ({"dataset_test_split": "nonsense"}, {"dataset_train_split": "nonsense"}, {"dataset_train_split": "test"}):
+        with pytest.raises(UserError, match="no split (nonsense|test)"):
             load("other", **flags)
 
 

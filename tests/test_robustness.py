@@ -229,6 +229,7 @@ BAD_INPUTS = [
     ("grpo_llm", {"temperature": float("nan")}, "--temperature"),
     ("grpo_llm", {"max_grad_norm": -1.0}, "--max-grad-norm"),  # torch would turn the gradient around
     ("grpo_llm", {"beta": -0.1}, "--beta"),
+    ("grpo_llm", {"eval_steps": 0}, "--eval-steps must be at least 1"),
     ("grpo_llm", {"model_name_or_path": None}, "--dataset-name needs --model-name-or-path"),
     ("ppo_llm", {"temperature": 0.0}, "--temperature 0.0 is too small"),
     ("reward_model", {"eval_steps": 0}, "--eval-steps 0 is too small"),
