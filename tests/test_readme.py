@@ -70,7 +70,7 @@ def test_a_reward_model_is_a_reward_function(tmp_path):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "judge")
     make_tokenizer().save_pretrained(tmp_path / "judge")
     write_rows(tmp_path / "rows.jsonl", MORE_SUMS)
-    words = f"judge --model-name-or-path {model_folder} --dataset-name rows.jsonl {ROLLOUT}".split()
+    words = f"--model-name-or-path {model_folder} --dataset-name rows.jsonl {ROLLOUT}".split()
     command = [sys.executable, "my_judge.py", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
