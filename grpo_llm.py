@@ -122,9 +122,9 @@ class Args:
 
     # ---- GRPO
     max_steps: int = 200  # rollouts (--num-iterations optimizer steps each)
-    eval_steps: int = 10  # steps between evaluations
+    eval_steps: int = 5  # steps between evaluations
     save_steps: int = 50  # steps between checkpoints
-    learning_rate: float | None = None  # peak. None: 1e-6, for the tiny model 1e-3; LoRA: 10 times
+    learning_rate: float | None = None  # peak. None: 1e-6, for the tiny model 5e-4; LoRA: 10 times
     lora_r: int = 0  # train adapters of this rank instead of all weights. 0: off
     generation_batch_size: int = 256  # completions per rollout across all processes
     rollout_batch_size: int | None = None  # completions decoded at a time; memory only. None: all
@@ -715,7 +715,7 @@ def main(args: Args) -> dict[str, float]:
     if args.rollout_batch_size is None:
         args.rollout_batch_size = args.generation_batch_size // world_size
     if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.model_name_or_path is None else 1e-6
+        args.learning_rate = 5e-4 if args.model_name_or_path is None else 1e-6
         if args.lora_r > 0:
             args.learning_rate *= 10
     run_dir = Path(args.resume or new_run_folder(args, rank))
