@@ -45,8 +45,8 @@ equals DAPO, and GSPO equals GRPO. Only --num-iterations 2 or more makes them di
     torchrun --nproc-per-node=8 grpo_llm.py ...    # 8 GPUs: the same batch, split by prompts
     python grpo_llm.py --resume runs/<run folder>  # continue exactly from the last checkpoint
 
-The first takes about two minutes on two cores. Sampled accuracy on held-out sums rises from 0.46 to
-0.98, greedy accuracy from 0.56 to 0.99.
+The first takes about two minutes on two cores. Sampled accuracy on held-out sums rises from 0.45 to
+0.98, greedy accuracy from 0.56 to 1.00 (means of seeds 301 to 303).
 
 Shapes: P prompts of this process, G completions of each, A completions that are still being
 generated, B completions of a micro-batch, L prompt tokens, T completion tokens, N completion tokens
