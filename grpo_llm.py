@@ -18,7 +18,8 @@ w_i is the weight of each token of completion i, in a batch of B completions of 
 
     DAPO     arXiv:2503.14476   w_i = 1 / sum_j |o_j|      the default; eps_high > eps_low, beta 0
     GRPO     arXiv:2402.03300   w_i = 1 / (B |o_i|)        --loss-type grpo --epsilon-high 0.2
-                                                           --beta 0.04
+                                                           --beta 0.04; the KL is k2 times rho
+                                                           where the paper has k3 (see grpo_loss)
     Dr. GRPO arXiv:2503.20783   w_i = 1 / (B T_max)        --loss-type dr_grpo --epsilon-high 0.2
                                                            --scale-rewards none
     CISPO    arXiv:2506.13585   w_i = 1 / sum_j |o_j|      --loss-type cispo --num-iterations 2; a
@@ -36,8 +37,8 @@ always or nearly never solved. DAPO also has --mask-truncated-completions, and d
 which is not here.
 
 With --num-iterations 1, the default, each rollout serves one optimizer step. Then rho is 1, so
-clipping never acts, and the method is REINFORCE with the mean of the group as its baseline: CISPO
-equals DAPO, and GSPO equals GRPO. Only --num-iterations 2 or more makes them differ.
+clipping never acts, and the method is REINFORCE with the advantages A_i: CISPO's gradient equals
+DAPO's, and GSPO's equals GRPO's. Only --num-iterations 2 or more makes them differ.
 
     python grpo_llm.py                             # laptop, offline: a tiny model learns to add
     python grpo_llm.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
