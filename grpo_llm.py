@@ -303,6 +303,7 @@ def make_prompt(row: dict) -> str | list[dict]:
         return row["question"] + "\nThink step by step. Write the final answer in \\boxed{}."
     if row.get("messages"):  # a conversation whose last turn may be the answer
         messages = row["messages"]
+        check_turns(messages)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return messages
@@ -1004,12 +1005,24 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     return train_rows, test_rows
 
 
+def check_turns(turns) -> None:
+    """Raises UserError if turns is no list of {"role", "content"} with texts."""
+    if not isinstance(turns, list):
+        raise UserError("its prompt is neither a text nor a list of turns")
+    for turn in turns:
+        if not isinstance(turn, dict) or "role" not in turn:
+            raise UserError("a turn has no role")
+        if not isinstance(turn.get("content"), str):
+            raise UserError("a turn has no text as its content")
+
+
 def make_example(row: dict, tokenizer, max_length: int) -> Example:
     """Raises an error with the reason if the row cannot be used."""
     prompt = make_prompt(row)
     turns = prompt
     if isinstance(prompt, str):
         turns = [{"role": "user", "content": prompt}]
+    check_turns(turns)
     if to_text(turns).strip() == "":
         raise UserError("its prompt is empty")
     if tokenizer.chat_template is None:
@@ -1041,7 +1054,7 @@ def make_examples(rows: list[dict], tokenizer, max_length: int, rank: int) -> li
     for number, row in enumerate(rows, start=1):
         try:
             examples.append(make_example(row, tokenizer, max_length))
-        except (UserError, TemplateError, KeyError, TypeError) as error:  # the last two: no turns
+        except (UserError, TemplateError) as error:
             reasons.append(f"row {number}: {error!r}")
     if len(reasons) > len(examples):
         raise UserError(f"--dataset-name: only {len(examples)} rows can be used; {reasons[0]}")

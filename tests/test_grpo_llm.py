@@ -586,10 +586,10 @@ def test_a_prompt_does_not_end_with_the_eos_that_some_tokenizers_append():
 
 
 BAD_ROWS = [
-    ({"text": "1"}, "text"), ({"prompt": 5}, "row 3"), ({"prompt": ["a"]}, "row 3"), ({"prompt": []}, "empty"),
-    ({"prompt": " "}, "empty"), ({"prompt": [{"role": "user", "content": [{"text": "1"}]}]}, "row 3"),
-    ({"prompt": "1" * 101}, "100 tokens"), ({"prompt": [{"role": "user", "content": None}]}, "row 3"),
-    ({"prompt": [{"role": "system", "content": "1"}]}, "no system"), ({"messages": ["1"]}, "row 3"),
+    ({"text": "1"}, "text"), ({"prompt": 5}, "neither a text"), ({"prompt": ["a"]}, "no role"), ({"prompt": [{"content": "1"}]}, "no role"), ({"prompt": []}, "empty"),
+    ({"prompt": " "}, "empty"), ({"prompt": [{"role": "user", "content": [{"text": "1"}]}]}, "no text"),
+    ({"prompt": "1" * 101}, "100 tokens"), ({"prompt": [{"role": "user", "content": None}]}, "no text"),
+    ({"prompt": [{"role": "system", "content": "1"}]}, "no system"), ({"messages": ["1"]}, "no role"), ({"messages": "hello"}, "neither a text"),
 ]  # fmt: skip
 
 
@@ -606,6 +606,12 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(row, words, capsys):
     assert out.startswith("2 of 5 rows are left out; row 3") and words in out
     with pytest.raises(UserError, match="row 2"):
         examples_of([good, row, row], tokenizer)
+
+
+def test_an_error_in_the_users_make_prompt_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(grpo_llm, "make_prompt", lambda row: row["promt"])
+    with pytest.raises(KeyError, match="promt"):
+        examples_of([{"prompt": "1+1="}], make_tokenizer())
 
 
 def test_references_that_are_no_numbers_are_left_out_where_only_accuracy_counts(capsys):
