@@ -11,21 +11,21 @@ there is no value network. The objective, to be maximized:
 
     A_i    = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
-    J      = sum_i sum_t w_i min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i)
-             - beta KL(pi || pi_ref)
+    J      = sum_i sum_t w_i [ min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i)
+                               - beta KL_it(pi || pi_ref) ]
 
-w_i is the weight of each token of completion i, in a batch of B completions of |o_i| tokens:
+w_i is the weight of each token of completion i, in a batch of M completions of |o_i| tokens:
 
     DAPO     arXiv:2503.14476   w_i = 1 / sum_j |o_j|      the default; eps_high > eps_low, beta 0
-    GRPO     arXiv:2402.03300   w_i = 1 / (B |o_i|)        --loss-type grpo --epsilon-high 0.2
+    GRPO     arXiv:2402.03300   w_i = 1 / (M |o_i|)        --loss-type grpo --epsilon-high 0.2
                                                            --beta 0.04; the KL is k2 times rho
                                                            where the paper has k3 (see grpo_loss)
-    Dr. GRPO arXiv:2503.20783   w_i = 1 / (B T_max)        --loss-type dr_grpo --epsilon-high 0.2
+    Dr. GRPO arXiv:2503.20783   w_i = 1 / (M T_max)        --loss-type dr_grpo --epsilon-high 0.2
                                                            --scale-rewards none
     CISPO    arXiv:2506.13585   w_i = 1 / sum_j |o_j|      --loss-type cispo --num-iterations 2; a
                                                            token's term is min(rho_it, 1 + eps_high)
                                                            A_i log pi, no gradient through rho_it
-    GSPO     arXiv:2507.18071   w_i = 1 / (B |o_i|)        --importance-sampling-level sequence
+    GSPO     arXiv:2507.18071   w_i = 1 / (M |o_i|)        --importance-sampling-level sequence
                                                            --loss-type grpo --num-iterations 2
                                                            --epsilon 3e-4 --epsilon-high 4e-4; rho
                                                            of a completion, to the power 1 / |o_i|
@@ -89,7 +89,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 VERSION = "grpo_llm.py 0.3.0"  # --resume refuses the runs of other scripts and versions
@@ -123,7 +124,7 @@ class Args:
 
     # ---- GRPO
     max_steps: int = 200  # rollouts (--num-iterations optimizer steps each)
-    eval_steps: int = 5  # steps between evaluations
+    eval_steps: int | None = None  # steps between evaluations. None: 50, for the tiny model 5
     save_steps: int = 50  # steps between checkpoints
     learning_rate: float | None = None  # peak. None: 1e-6, for the tiny model 5e-4; LoRA: 10 times
     lora_r: int = 0  # train adapters of this rank instead of all weights. 0: off
@@ -183,8 +184,8 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimize, and statistics by name, which are means over tokens.
 
-    The divisors count all micro-batches of an update (of a process, on average), so their losses
-    and statistics add up to those of the update. Without divisors, this micro-batch is the update.
+    The divisors count the whole update, over all micro-batches and processes, whose losses and
+    statistics then add up. Without divisors, this micro-batch is the update.
     The value of the loss is no measure of progress: on-policy, dapo's is minus the mean advantage
     of a token, about 0. Only its gradient matters.
     """
@@ -219,7 +220,7 @@ def grpo_loss(
         too_high = (ratio > upper) & (advantages > 0)
     stats = {
         "policy/approxkl_avg": log_ratio.exp() - 1 - log_ratio,  # k3 estimate of KL(pi_old || pi)
-        "train/entropy": -logprobs,  # its estimate from the sampled tokens
+        "train/entropy": -logprobs,  # estimated from the sampled tokens, so of the old policy's
         "train/clip_ratio/low_mean": too_low,
         "train/clip_ratio/high_mean": too_high,
     }
@@ -244,17 +245,16 @@ def grpo_loss(
     else:
         raise ValueError(f"unknown loss_type {loss_type!r}")
 
-    means = {"train/loss": loss.detach()}
     for name, values in stats.items():
-        means[name] = torch.where(mask, values.detach(), 0.0).sum() / num_tokens
-    return loss, means
+        stats[name] = torch.where(mask, values.detach(), 0.0).sum() / num_tokens
+    stats["train/loss"] = loss.detach()
+    return loss, stats
 
 
-def lr_factor(args: Args, update: int) -> float:
-    """Fraction of the peak learning rate at an optimizer step. It is never 0."""
+def lr_factor(args: Args, update: int, num_updates: int) -> float:
+    """Fraction of the peak learning rate at optimizer step 0 .. num_updates - 1. It is never 0."""
     if update < args.warmup_steps:
         return (update + 1) / (args.warmup_steps + 1)
-    num_updates = args.max_steps * args.num_iterations
     elapsed = (update - args.warmup_steps) / (num_updates - args.warmup_steps)  # 0 <= elapsed < 1
     if args.lr_scheduler_type == "linear":
         return 1 - elapsed
@@ -274,6 +274,15 @@ def lr_factor(args: Args, update: int) -> float:
 # the sample texts, and evaluation, True where held-out prompts are scored. A function that learns
 # must not learn then, and what it has learned is not saved: --resume is exact without such a state.
 # ==================================================================================================
+
+
+@dataclass
+class Policy:
+    """What samples: a model with its tokenizer, and the tokens that end a completion."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list
 
 
 @dataclass
@@ -302,8 +311,7 @@ def make_prompt(row: dict) -> str | list[dict]:
     if row.get("question") is not None:  # GSM8K
         return row["question"] + "\nThink step by step. Write the final answer in \\boxed{}."
     if row.get("messages"):  # a conversation whose last turn may be the answer
-        messages = row["messages"]
-        check_turns(messages)
+        messages = as_turns(row["messages"], "user")
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return messages
@@ -358,7 +366,9 @@ class RewardLog:
         self.columns[column] = values
 
 
-def score(args: Args, samples: list[Sample], step: int, evaluation: bool):
+def score(
+    args: Args, samples: list[Sample], step: int, evaluation: bool
+) -> tuple[Tensor, dict[str, Tensor], RewardLog]:
     """Call the reward functions.
 
     Returns the weighted sums of rewards (P * G,), where None counts 0; the rewards by function
@@ -396,84 +406,6 @@ def score(args: Args, samples: list[Sample], step: int, evaluation: bool):
             f"REWARDS: none of {list(REWARDS)} with a weight applies to some completion"
         )
     return rewards, by_name, log
-
-
-# ==================================================================================================
-# Answers: a number is read whole or not at all
-# ==================================================================================================
-
-NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+|(?<=\d)\.?)(e[+-]?\d+)?", re.IGNORECASE)
-BOXED = re.compile(r"((?:[^{}]|\{[^{}]*\})*)\}")  # what follows \boxed{
-TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")  # \mathbf{42}, \text{cm}
-SYMBOLS = re.compile(
-    r"\\[,;! ]|\^\{?\\circ\}?|\\?[$%]|[*\u00a3\u20ac\u00b0]"
-)  # 5\,cm, 90^\circ, \$5
-
-
-def to_text(message: str | list[dict]) -> str:
-    if isinstance(message, str):
-        return message
-    return "\n".join(turn["content"] for turn in message)
-
-
-def marked_answer(text: str) -> str | None:
-    """The last answer in `\\boxed{7}`, `#### 7`, `<answer>7</answer>`. None if there is no mark.
-
-    <answer> may hold one of the others, and \\boxed goes before ####, which also begins headings.
-    """
-    answer = None
-    if "<answer>" in text:
-        answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
-        text = answer
-    if "\\boxed{" in text:
-        box = BOXED.match(text.rpartition("\\boxed{")[2])
-        answer = ""  # cut off, or three braces deep
-        if box is not None:
-            answer = box[1]
-    elif "####" in text:
-        answer = text.rpartition("####")[2].partition("\n")[0]
-    return answer
-
-
-def to_number(text: str) -> float | None:
-    """The number that a text is as a whole; a name and a unit may stand beside it. Else None.
-
-    7  -3  +3  1,200.5  .5  1e-05  $18  18 km/h  x = 42  90^\\circ  5\\,\\text{cm}  **72**  15%
-    """
-    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
-    text = TEXT_COMMAND.sub(r" \1", text)
-    text = SYMBOLS.sub(" ", text)
-    name, _, value = text.rpartition("=")
-    number, _, unit = value.strip().replace("- ", "-").partition(" ")
-    unit = re.sub(r"\^\{?[23]\}?", "", unit)  # cm^2
-    number = number.rstrip(",.")
-    is_number = NUMBER.fullmatch(number) is not None
-    if not is_number or re.search(r"[<>=!]", name) or re.search(r"[\d+*^<>\\]", unit):
-        return None  # 3/4, 2x; x >= 3; 3 + x, 12 or 13
-    return float(number.replace(",", ""))
-
-
-def reference_number(answer) -> float | None:
-    """The number of a dataset's answer: `18`, `... #### 18`, `\\boxed{18}`. None if it is none."""
-    marked = marked_answer(str(answer))
-    if marked is None:
-        marked = str(answer)
-    return to_number(marked)
-
-
-def completion_number(text: str) -> float | None:
-    """The marked answer; without a mark the last number. None if that is not plainly a number."""
-    marked = marked_answer(text)
-    if marked is not None:
-        return to_number(marked)
-    words = re.sub("[=;]", " ", text).split()  # 6+5=11;161
-    positions = [i for i, word in enumerate(words) if re.search(r"\d", word)]
-    if not positions:
-        return None
-    last = positions[-1]
-    if last > 0 and words[last - 1] in ("+", "-", "*", "/", "^", "or"):  # 12 or 13, 3 / 4
-        return None
-    return to_number(words[last].strip("()!?,:'\""))
 
 
 # ==================================================================================================
@@ -616,12 +548,10 @@ def reference_logprobs(model, reference, batch: dict[str, Tensor], temperature: 
 
 def rollout(
     args: Args,
-    model,
-    tokenizer,
-    stop_ids: list[int],
+    policy: Policy,
     examples: list[Example],
-    indices: range,  # of the examples to sample from; purpose and index seed the random numbers
-    purpose: str,
+    indices: range,  # of the examples to sample from
+    purpose: str,  # with --seed and the index of an example, it seeds the random numbers
     num_generations: int,
     temperature: float,
 ) -> list[Sample]:
@@ -636,31 +566,64 @@ def rollout(
             generator = torch.Generator().manual_seed(named_seed(args.seed, purpose, index))
             shape = (num_generations, args.max_completion_length)
             uniform.append(torch.rand(shape, dtype=torch.float64, generator=generator))
-        with autocast(args, model.device):
+        with autocast(args, policy.model.device):
             completions += generate(
-                model,
+                policy.model,
                 prompts=prompts,
                 uniform=torch.stack(uniform),  # (P, G, T)
                 temperature=temperature,
-                stop_ids=stop_ids,
+                stop_ids=policy.stop_ids,
             )
 
     samples = []
     for i, completion_ids in enumerate(completions):
         example = examples[indices[i // num_generations]]
-        completion = decode(tokenizer, example.prompt_ids, completion_ids)
+        completion = decode(policy.tokenizer, example.prompt_ids, completion_ids)
         if isinstance(example.prompt, list):
             completion = [{"role": "assistant", "content": completion}]
-        is_truncated = completion_ids[-1] not in stop_ids
+        is_truncated = completion_ids[-1] not in policy.stop_ids
         samples.append(Sample(example, completion, completion_ids, is_truncated))
     return samples
 
 
-def evaluate(
+def num_ids(sample: Sample) -> int:
+    return len(sample.example.prompt_ids) + len(sample.completion_ids)
+
+
+def make_microbatches(
     args: Args,
     model,
-    tokenizer,
-    stop_ids: list[int],
+    reference,  # the initial model, where --beta needs it; None with LoRA
+    samples: list[Sample],
+    advantages: Tensor,  # (P * G,)
+) -> list[dict[str, Tensor]]:
+    """Batches of samples of similar lengths, which need little padding, for all iterations."""
+    by_length = sorted(range(len(samples)), key=lambda i: num_ids(samples[i]))
+    microbatches = []
+    for start in range(0, len(samples), args.micro_batch_size):
+        rows = by_length[start : start + args.micro_batch_size]
+        batch = make_batch(
+            prompts=[samples[i].example.prompt_ids for i in rows],
+            completions=[samples[i].completion_ids for i in rows],
+            device=model.device,
+        )
+        batch["advantages"] = advantages[rows].to(model.device)  # (B,)
+        batch["loss_mask"] = batch["mask"]  # (B, T)
+        if args.mask_truncated_completions:
+            is_whole = torch.tensor([[not samples[i].is_truncated] for i in rows])  # (B, 1)
+            batch["loss_mask"] = batch["mask"] & is_whole.to(model.device)  # (B, T)
+        if args.beta > 0:
+            with autocast(args, model.device):
+                batch["ref_logprobs"] = reference_logprobs(
+                    model, reference, batch, args.temperature
+                )
+        microbatches.append(batch)
+    return microbatches
+
+
+def evaluate(
+    args: Args,
+    policy: Policy,
     examples: list[Example],
     indices: range,  # of the examples that this process evaluates
     step: int,
@@ -671,9 +634,7 @@ def evaluate(
     for suffix, k, temperature in [("_greedy", 1, 0.0), ("", args.eval_generations, 1.0)]:
         samples = rollout(
             args,
-            model,
-            tokenizer,
-            stop_ids,
+            policy,
             examples=examples,
             indices=indices,
             purpose="evaluation",
@@ -710,16 +671,18 @@ def main(args: Args) -> dict[str, float]:
     if args.resume is not None:
         args, checkpoint = load_checkpoint(args)
     rank, world_size, device = start_processes(args)
-    check_args(args, world_size)
     args = replace(args)  # the caller's flags stay as they are
     if args.bf16 is None:
         args.bf16 = device.type == "cuda"
+    if args.eval_steps is None:
+        args.eval_steps = 5 if args.model_name_or_path is None else 50
     if args.rollout_batch_size is None:
         args.rollout_batch_size = args.generation_batch_size // world_size
     if args.learning_rate is None:
         args.learning_rate = 5e-4 if args.model_name_or_path is None else 1e-6
         if args.lora_r > 0:
             args.learning_rate *= 10
+    check_args(args, world_size)
     run_dir = Path(args.resume or new_run_folder(args, rank))
     if rank == 0:
         print(run_dir)
@@ -733,7 +696,7 @@ def main(args: Args) -> dict[str, float]:
         if world_size > 1:
             dist.barrier()
     model, tokenizer = load_model(initial, args, device)
-    stop_ids = find_stop_ids(model, tokenizer)
+    policy = Policy(model, tokenizer, find_stop_ids(model, tokenizer))
     reference = None  # with LoRA, the policy without its adapters
     if args.lora_r > 0:
         add_adapters(model, args)
@@ -766,9 +729,7 @@ def main(args: Args) -> dict[str, float]:
 
     # ---- loop
     if checkpoint is None:
-        before = evaluate(
-            args, model, tokenizer, stop_ids, held_out, eval_indices, step=0, writer=writer
-        )
+        before = evaluate(args, policy, held_out, eval_indices, step=0, writer=writer)
         metrics = before
     else:
         before = checkpoint["before"]
@@ -780,9 +741,7 @@ def main(args: Args) -> dict[str, float]:
         # ---- rollout
         samples = rollout(
             args,
-            model,
-            tokenizer,
-            stop_ids,
+            policy,
             examples=order,
             indices=range(step * num_prompts, (step + 1) * num_prompts)[rank::world_size],
             purpose="rollout",
@@ -795,36 +754,14 @@ def main(args: Args) -> dict[str, float]:
         groups = rewards.view(-1, args.num_generations)  # (P, G)
         advantages = group_advantages(groups, args.scale_rewards).flatten()  # (P * G,)
 
-        # ---- micro-batches of similar lengths, which need little padding
-        prompt_lengths = torch.tensor([len(s.example.prompt_ids) for s in samples])  # (P * G,)
-        lengths = torch.tensor([len(sample.completion_ids) for sample in samples])  # (P * G,)
-        is_truncated = torch.tensor([sample.is_truncated for sample in samples])  # (P * G,)
-        microbatches = []
-        num_loss_tokens = torch.zeros((), device=device)
-        for rows in (prompt_lengths + lengths).argsort().split(args.micro_batch_size):
-            batch = make_batch(
-                prompts=[samples[i].example.prompt_ids for i in rows],
-                completions=[samples[i].completion_ids for i in rows],
-                device=device,
-            )
-            batch["advantages"] = advantages[rows].to(device)
-            batch["loss_mask"] = batch["mask"]  # (B, T)
-            if args.mask_truncated_completions:
-                batch["loss_mask"] = batch["mask"] & ~is_truncated[rows].unsqueeze(1).to(device)
-            if args.beta > 0:
-                with autocast(args, device):
-                    batch["ref_logprobs"] = reference_logprobs(
-                        model, reference, batch, args.temperature
-                    )
-            num_loss_tokens += batch["loss_mask"].sum()
-            microbatches.append(batch)
-
-        # ---- update. Gradients are averaged over the processes. So the divisors of the loss are
-        # averages too: the tokens and completions of a process.
-        num_loss_tokens = average(num_loss_tokens).clamp(min=1)
+        # ---- update. Losses and gradients add up over all micro-batches and processes
+        microbatches = make_microbatches(args, policy.model, reference, samples, advantages)
+        num_tokens = sum(batch["loss_mask"].sum() for batch in microbatches)
+        num_tokens = total(num_tokens).clamp(min=1)
         if args.gradient_checkpointing:
             model.train()  # it acts in this mode only; all dropout is off
-        sums = defaultdict(float)
+        stats = defaultdict(float)  # means over --num-iterations
+        grad_norms = []
         for iteration in range(args.num_iterations):
             for batch in microbatches:
                 with autocast(args, device):
@@ -833,7 +770,7 @@ def main(args: Args) -> dict[str, float]:
                     # Before the first update of this rollout. The sampler's own would differ by
                     # the rounding of bf16, by more than GSPO's epsilons.
                     batch["old_logprobs"] = logprobs.detach()
-                loss, stats = grpo_loss(
+                loss, batch_stats = grpo_loss(
                     logprobs,
                     old_logprobs=batch["old_logprobs"],
                     advantages=batch["advantages"],
@@ -845,36 +782,38 @@ def main(args: Args) -> dict[str, float]:
                     beta=args.beta,
                     max_completion_length=args.max_completion_length,
                     importance_sampling_level=args.importance_sampling_level,
-                    num_tokens=num_loss_tokens,
-                    num_sequences=len(samples),
+                    num_tokens=num_tokens,
+                    num_sequences=args.generation_batch_size,
                 )
                 loss.backward()
-                for name, value in stats.items():
-                    sums[name] += value / args.num_iterations
+                for name, value in batch_stats.items():
+                    stats[name] += value / args.num_iterations
             for p in trained.values():
                 if p.grad is not None:
-                    average(p.grad)
+                    total(p.grad)
             grad_norm = nn.utils.clip_grad_norm_(
                 trained.values(), args.max_grad_norm, error_if_nonfinite=True
             )
-            sums["train/grad_norm"] += grad_norm / args.num_iterations
-            update = step * args.num_iterations + iteration
-            learning_rate = args.learning_rate * lr_factor(args, update)
+            grad_norms.append(grad_norm.item())
+            learning_rate = args.learning_rate * lr_factor(
+                args,
+                update=step * args.num_iterations + iteration,
+                num_updates=args.max_steps * args.num_iterations,
+            )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
 
         # ---- log: means over the whole update and all processes
+        lengths = [len(sample.completion_ids) for sample in samples]
         values = {
             "train/reward": rewards.tolist(),
             "train/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).tolist(),
-            "train/completions/mean_length": lengths.tolist(),
-            "train/completions/clipped_ratio": is_truncated.tolist(),
-            "train/num_tokens": (prompt_lengths + lengths).tolist(),
+            "train/completions/mean_length": lengths,
+            "train/completions/clipped_ratio": [sample.is_truncated for sample in samples],
+            "train/num_tokens": [num_ids(sample) for sample in samples],
         }
-        for name, total in sums.items():
-            values[name] = [total.item()]
         for name, tensor in by_name.items():
             values[f"train/rewards/{name}/mean"] = tensor.tolist()
         for name, numbers in log.metrics.items():
@@ -884,7 +823,10 @@ def main(args: Args) -> dict[str, float]:
         logs = means(values)
         logs["train/num_tokens"] = tokens_seen  # so far
         logs["train/reward_std"] = torch.tensor(values["train/reward"]).std().item()
+        logs["train/grad_norm"] = sum(grad_norms) / args.num_iterations
         logs["charts/learning_rate"] = learning_rate
+        for name, numbers in stats.items():
+            logs[name] = total(numbers).item()
         bar.set_postfix(reward=logs["train/reward"], length=logs["train/completions/mean_length"])
         if writer is not None:
             write_logs(writer, logs, step + 1)
@@ -892,16 +834,7 @@ def main(args: Args) -> dict[str, float]:
         # ---- evaluate, save
         is_last = step + 1 == args.max_steps
         if is_last or (step + 1) % args.eval_steps == 0:
-            metrics = evaluate(
-                args,
-                model,
-                tokenizer,
-                stop_ids,
-                held_out,
-                eval_indices,
-                step=step + 1,
-                writer=writer,
-            )
+            metrics = evaluate(args, policy, held_out, eval_indices, step=step + 1, writer=writer)
         if rank == 0 and (is_last or (step + 1) % args.save_steps == 0):
             writer.flush()
             state = {
@@ -978,6 +911,84 @@ def write_logs(writer: SummaryWriter, logs: dict[str, float], step: int) -> None
 
 
 # ==================================================================================================
+# Supporting code: answers. A number is read whole or not at all
+# ==================================================================================================
+
+NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+|(?<=\d)\.?)(e[+-]?\d+)?", re.IGNORECASE)
+BOXED = re.compile(r"((?:[^{}]|\{[^{}]*\})*)\}")  # what follows \boxed{
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")  # \mathbf{42}, \text{cm}
+SYMBOLS = re.compile(
+    r"\\[,;! ]|\^\{?\\circ\}?|\\?[$%]|[*\u00a3\u20ac\u00b0]"
+)  # 5\,cm, 90^\circ, \$5
+
+
+def to_text(message: str | list[dict]) -> str:
+    if isinstance(message, str):
+        return message
+    return "\n".join(turn["content"] for turn in message)
+
+
+def marked_answer(text: str) -> str | None:
+    """The last answer in `\\boxed{7}`, `#### 7`, `<answer>7</answer>`. None if there is no mark.
+
+    <answer> may hold one of the others, and \\boxed goes before ####, which also begins headings.
+    """
+    answer = None
+    if "<answer>" in text:
+        answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
+        text = answer
+    if "\\boxed{" in text:
+        box = BOXED.match(text.rpartition("\\boxed{")[2])
+        answer = ""  # cut off, or three braces deep
+        if box is not None:
+            answer = box[1]
+    elif "####" in text:
+        answer = text.rpartition("####")[2].partition("\n")[0]
+    return answer
+
+
+def to_number(text: str) -> float | None:
+    """The number that a text is as a whole; a name and a unit may stand beside it. Else None.
+
+    7  -3  +3  1,200.5  .5  1e-05  $18  18 km/h  x = 42  90^\\circ  5\\,\\text{cm}  **72**  15%
+    """
+    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
+    text = TEXT_COMMAND.sub(r" \1", text)
+    text = SYMBOLS.sub(" ", text)
+    name, _, value = text.rpartition("=")
+    number, _, unit = value.strip().replace("- ", "-").partition(" ")
+    unit = re.sub(r"\^\{?[23]\}?", "", unit)  # cm^2
+    number = number.rstrip(",.")
+    is_number = NUMBER.fullmatch(number) is not None
+    if not is_number or re.search(r"[<>=!]", name) or re.search(r"[\d+*^<>\\]", unit):
+        return None  # 3/4, 2x; x >= 3; 3 + x, 12 or 13
+    return float(number.replace(",", ""))
+
+
+def reference_number(answer) -> float | None:
+    """The number of a dataset's answer: `18`, `... #### 18`, `\\boxed{18}`. None if it is none."""
+    marked = marked_answer(str(answer))
+    if marked is None:
+        marked = str(answer)
+    return to_number(marked)
+
+
+def completion_number(text: str) -> float | None:
+    """The marked answer; without a mark the last number. None if that is not plainly a number."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return to_number(marked)
+    words = re.sub("[=;]", " ", text).split()  # 6+5=11;161
+    positions = [i for i, word in enumerate(words) if re.search(r"\d", word)]
+    if not positions:
+        return None
+    last = positions[-1]
+    if last > 0 and words[last - 1] in ("+", "-", "*", "/", "^", "or"):  # 12 or 13, 3 / 4
+        return None
+    return to_number(words[last].strip("()!?,:'\""))
+
+
+# ==================================================================================================
 # Supporting code: data
 # ==================================================================================================
 
@@ -1005,24 +1016,28 @@ def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
     return train_rows, test_rows
 
 
-def check_turns(turns) -> None:
-    """Raises UserError if turns is no list of {"role", "content"} with texts."""
-    if not isinstance(turns, list):
-        raise UserError("its prompt is neither a text nor a list of turns")
-    for turn in turns:
-        if not isinstance(turn, dict) or "role" not in turn:
-            raise UserError("a turn has no role")
-        if not isinstance(turn.get("content"), str):
-            raise UserError("a turn has no text as its content")
+def as_turns(value: str | list[dict], role: str) -> list[dict]:
+    """A list of turns {role, content}. A text becomes a turn of this role.
+
+    Fields that are None are left out: Parquet adds them where other turns have a value.
+    """
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"empty, or neither a text nor a list of turns: {value}")
+    turns = []
+    for turn in value:
+        is_turn = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        if not is_turn or not isinstance(turn.get("content"), str):
+            raise UserError(f"a turn has no role, or no text as its content: {turn}")
+        turns.append({name: part for name, part in turn.items() if part is not None})
+    return turns
 
 
 def make_example(row: dict, tokenizer, max_length: int) -> Example:
     """Raises an error with the reason if the row cannot be used."""
     prompt = make_prompt(row)
-    turns = prompt
-    if isinstance(prompt, str):
-        turns = [{"role": "user", "content": prompt}]
-    check_turns(turns)
+    turns = as_turns(prompt, "user")
     if to_text(turns).strip() == "":
         raise UserError("its prompt is empty")
     if tokenizer.chat_template is None:
@@ -1048,7 +1063,7 @@ def make_example(row: dict, tokenizer, max_length: int) -> Example:
 
 
 def make_examples(rows: list[dict], tokenizer, max_length: int, rank: int) -> list[Example]:
-    """The rows that can be used; how many are left out is printed, with the first one's reason."""
+    """The rows that can be used."""
     examples = []
     reasons = []
     for number, row in enumerate(rows, start=1):
@@ -1056,11 +1071,17 @@ def make_examples(rows: list[dict], tokenizer, max_length: int, rank: int) -> li
             examples.append(make_example(row, tokenizer, max_length))
         except (UserError, TemplateError) as error:
             reasons.append(f"row {number}: {error!r}")
-    if len(reasons) > len(examples):
-        raise UserError(f"--dataset-name: only {len(examples)} rows can be used; {reasons[0]}")
-    if reasons and rank == 0:
-        print(f"{len(reasons)} of {len(rows)} rows are left out; {reasons[0]}")
+    report_left_out(reasons, len(rows), rank)
     return examples
+
+
+def report_left_out(reasons: list[str], num_rows: int, rank: int) -> None:
+    """Print how many rows are left out, and why the first is. More than half end the run."""
+    counts = f"{len(reasons)} of {num_rows} rows"
+    if len(reasons) > num_rows / 2:
+        raise UserError(f"--dataset-name: {counts} cannot be used; {reasons[0]}")
+    if reasons and rank == 0:
+        print(f"{counts} are left out; {reasons[0]}")
 
 
 def load_examples(args: Args, tokenizer, config, rank: int) -> tuple[list[Example], list[Example]]:
@@ -1071,21 +1092,26 @@ def load_examples(args: Args, tokenizer, config, rank: int) -> tuple[list[Exampl
         train_rows, test_rows = load_rows(args)
     context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     max_length = context - args.max_completion_length
-    examples = make_examples(train_rows, tokenizer, max_length, rank)
+    train = make_examples(train_rows, tokenizer, max_length, rank)
     held_out = make_examples(test_rows, tokenizer, max_length, rank)
-    if not test_rows:  # hold out a tenth of the prompts, the same for every seed
-        prompts = sorted({str(example.prompt) for example in examples})
-        prompts = set(random.Random(0).sample(prompts, len(prompts) // 10))
-        held_out = [example for example in examples if str(example.prompt) in prompts]
+    return separate(args, train, held_out, rank)
+
+
+def separate(args: Args, train: list, held_out: list, rank: int) -> tuple[list, list]:
+    """Examples that share no prompt. Without held-out ones, a tenth of the prompts is held out."""
+    if not held_out:  # the same prompts for every seed
+        prompts = sorted({str(example.prompt) for example in train})
+        chosen = set(random.Random(0).sample(prompts, len(prompts) // 10))
+        held_out = [example for example in train if str(example.prompt) in chosen]
     held_out = held_out[: args.max_eval_samples]
     prompts = {str(example.prompt) for example in held_out}
-    train = [example for example in examples if str(example.prompt) not in prompts]
-    counts = f"{len(train)} of {len(examples)} rows to train on, {len(held_out)} to evaluate on"
-    if not train or not held_out:
+    others = [example for example in train if str(example.prompt) not in prompts]
+    counts = f"{len(others)} of {len(train)} rows to train on, {len(held_out)} to evaluate on"
+    if not others or not held_out:
         raise UserError(f"--dataset-name: {counts}: too few")
     if rank == 0:
         print(f"{counts}, with other prompts")
-    return train, held_out
+    return others, held_out
 
 
 # ==================================================================================================
@@ -1103,12 +1129,12 @@ def turn_off_dropout(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def load_model(name: str, args: Args, device):
-    """The model, without dropout, and its tokenizer.
+def load_model(name: str, args: Args, device, flag: str = "--model-name-or-path"):
+    """The model that a flag names, without dropout, and its tokenizer.
 
     Weights are fp32, as bf16 would round small updates away; those that LoRA freezes may be bf16.
     """
-    flag = f"--model-name-or-path {name}"
+    flag = f"{flag} {name}"
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # adapters record the path of their model
     if Path(name, "adapter_config.json").exists():
@@ -1247,11 +1273,10 @@ def start_processes(args: Args):
     return rank, world_size, device
 
 
-def average(tensor: Tensor) -> Tensor:
-    """The mean over all processes, in place."""
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
     return tensor
 
 

@@ -370,10 +370,10 @@ def pairs_ours(spec: dict, watch: Stopwatch) -> None:
     script = dpo if spec["method"] == "dpo" else reward_model
     lr_factor = script.lr_factor
 
-    def watched_lr_factor(*args):  # asked for once before training, and after each optimizer step
+    def watched_lr_factor(*args, **keywords):  # asked for once before training, and after each optimizer step
         watch.next_step()
         watch.lengths = [spec["completion_length"]] * 2 * PAIRS
-        return lr_factor(*args)
+        return lr_factor(*args, **keywords)
 
     script.lr_factor = watched_lr_factor
     steps = watch.steps_left + 1

@@ -326,13 +326,13 @@ def test_kl_gradient_is_that_of_the_reverse_kl(shift, scale):
 
 def test_the_learning_rate_warms_up_and_the_last_step_still_trains():
     linear, cosine, constant = (
-        [lr_factor(Args(max_steps=5, num_iterations=2, warmup_steps=3, lr_scheduler_type=kind), n) for n in range(10)]
+        [lr_factor(Args(warmup_steps=3, lr_scheduler_type=kind), n, num_updates=10) for n in range(10)]
         for kind in ("linear", "cosine", "constant")
     )
     assert linear == pytest.approx([1 / 4, 2 / 4, 3 / 4, *[(7 - n) / 7 for n in range(7)]])
     assert cosine == pytest.approx([1 / 4, 2 / 4, 3 / 4, *[(1 + math.cos(math.pi * n / 7)) / 2 for n in range(7)]])
     assert constant == pytest.approx([1 / 4, 2 / 4, 3 / 4, *[1.0] * 7])
-    assert lr_factor(Args(max_steps=1), 0) == 1.0
+    assert lr_factor(Args(), 0, num_updates=1) == 1.0
 
 
 def test_unknown_names_raise():
@@ -586,10 +586,11 @@ def test_a_prompt_does_not_end_with_the_eos_that_some_tokenizers_append():
 
 
 BAD_ROWS = [
-    ({"text": "1"}, "text"), ({"prompt": 5}, "neither a text"), ({"prompt": ["a"]}, "no role"), ({"prompt": [{"content": "1"}]}, "no role"), ({"prompt": []}, "empty"),
+    ({"text": "1"}, "text"), ({"prompt": 5}, "neither a text nor a list"), ({"prompt": ["a"]}, "no role"),
+    ({"prompt": [{"content": "1"}]}, "no role"), ({"prompt": []}, "empty"),
     ({"prompt": " "}, "empty"), ({"prompt": [{"role": "user", "content": [{"text": "1"}]}]}, "no text"),
     ({"prompt": "1" * 101}, "100 tokens"), ({"prompt": [{"role": "user", "content": None}]}, "no text"),
-    ({"prompt": [{"role": "system", "content": "1"}]}, "no system"), ({"messages": ["1"]}, "no role"), ({"messages": "hello"}, "neither a text"),
+    ({"prompt": [{"role": "system", "content": "1"}]}, "no system"), ({"messages": ["1"]}, "no role"),
 ]  # fmt: skip
 
 
