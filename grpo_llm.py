@@ -1129,26 +1129,33 @@ def turn_off_dropout(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def load_model(name: str, args: Args, device, flag: str = "--model-name-or-path"):
-    """The model that a flag names, without dropout, and its tokenizer.
-
-    Weights are fp32, as bf16 would round small updates away; those that LoRA freezes may be bf16.
-    """
-    flag = f"{flag} {name}"
-    if Path(name).is_dir():
-        name = str(Path(name).resolve())  # adapters record the path of their model
+def load_config(name: str, flag: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration of the model that a flag names, without dropout, and its tokenizer."""
     if Path(name, "adapter_config.json").exists():
-        raise UserError(f"{flag} has adapters: merge them first (see README.md)")
+        raise UserError(f"{flag} {name} has adapters: merge them first (see README.md)")
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} is no model with a tokenizer (of a run, use model/): {error}")
+        raise UserError(
+            f"{flag} {name} is no model with a tokenizer (of a run, use model/): {error}"
+        )
     if hasattr(config, "quantization_config"):
-        raise UserError(f"{flag} is quantized: use the model from which it was made")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{flag}: its tokenizer has no eos_token, set one")
+        raise UserError(f"{flag} {name} is quantized: use the model from which it was made")
     turn_off_dropout(config)
+    return config, tokenizer
+
+
+def load_model(name: str, args: Args, device, flag: str = "--model-name-or-path"):
+    """A model and its tokenizer.
+
+    Weights are fp32, as bf16 would round small updates away; those that LoRA freezes may be bf16.
+    """
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # adapters record the path of their model
+    config, tokenizer = load_config(name, flag)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag} {name}: its tokenizer has no eos_token, set one")
     dtype = torch.float32
     if args.lora_r > 0 and device.type == "cuda" and args.bf16:
         dtype = torch.bfloat16
@@ -1156,7 +1163,7 @@ def load_model(name: str, args: Args, device, flag: str = "--model-name-or-path"
         name, config=config, dtype=dtype, output_loading_info=True
     )
     if report["missing_keys"]:
-        raise UserError(f"{flag} lacks weights: {report['missing_keys']}")
+        raise UserError(f"{flag} {name} lacks weights: {report['missing_keys']}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.to(device), tokenizer

@@ -1,32 +1,49 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0", "datasets==5.2.0",
-#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#                 "datasets==5.2.0", "tqdm==4.70.1"]
 # ///
 """Reward model: learn to score answers from human preferences.
 
-Each prompt x comes with answers that a person has ranked. The model reads the prompt with one answer, and a linear head
-on the last token's hidden state gives its reward r(x, y). Training maximizes the likelihood of the rankings, where y_i
-is preferred to y_j with probability sigmoid(r(x, y_i) - r(x, y_j)).
+Each prompt x comes with answers that a person has ranked. A language model reads the prompt with
+one answer, and a linear head on the last hidden state gives its reward r(x, y). Training maximizes
+the likelihood of the rankings, in which y_i is preferred to y_j with probability
+sigmoid(r(x, y_i) - r(x, y_j)):
 
-    L = -E[ log sigmoid(r(x, y_w) - r(x, y_l) - margin) ]                         two answers
-    L = -E[ sum_k log( exp r(x, y_k) / sum_{j >= k} exp r(x, y_j) ) ]             K answers, best first
+    L = -E[ log sigmoid(r(x, y_w) - r(x, y_l) - m) ]                              two answers
+    L = -E[ sum_k log( exp r(x, y_k) / sum_{j >= k} exp r(x, y_j) ) ]             K, best first
 
-Two answers: Bradley and Terry 1952; Christiano et al., arXiv:1706.03741. Margins: Llama 2, arXiv:2307.09288, eq. 2.
-K answers: Plackett 1975, Luce 1959. --ranking-loss all_pairs: InstructGPT, arXiv:2203.02155, eq. 1.
-Comparisons determine rewards only up to a constant per prompt. The saved config holds their mean and standard deviation
-over a sample of training answers (`reward_mean`, `reward_std`), by which the policy scripts can normalize scores.
+    two answers       Bradley and Terry 1952; arXiv:1706.03741. A column `margin` holds m, by which
+                      the better answer must lead (Llama 2, arXiv:2307.09288, eq. 2)
+    K answers         Plackett 1975, Luce 1959: the best is chosen among all, then the second best
+                      among the others, and so on. The default
+    K answers, pairs  InstructGPT, arXiv:2203.02155, eq. 1: the mean of the first loss over all
+                      pairs of a ranking. --ranking-loss all_pairs
+    centered          arXiv:2312.09244, eq. 2: adds the squared sum of the rewards of a ranking.
+                      --center-rewards-coefficient 0.01
 
-    python reward_model.py                         # laptop, offline: a tiny model learns which sums are right
+Comparisons tell nothing of a constant that is added to all rewards of a prompt. So the saved
+configuration holds the mean and the standard deviation of the rewards of some training answers
+(reward_mean, reward_std), by which a reader can normalize them. Compare accuracy with
+accuracy_longer, the share of pairs in which the longer answer is preferred: a model that learned
+nothing but length has the second.
+
+    python reward_model.py                            # laptop, offline: a tiny model checks sums
     python reward_model.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct \\
-        --dataset-name trl-lib/ultrafeedback_binarized                            # one GPU
-    torchrun --nproc-per-node=8 reward_model.py ... # several GPUs: the same global batch, split by rankings
+        --dataset-name trl-lib/ultrafeedback_binarized      # one GPU
+    torchrun --nproc-per-node=8 reward_model.py ...   # 8 GPUs: the same batch, split by rankings
     python reward_model.py --resume runs/<run folder> # continue exactly from the last checkpoint
 
-Shapes: R rankings of K answers (2 in a pair), B = R K answers; in main, B rankings per update. N tokens or pairs, rows
-of L tokens, H hidden size.
+TODO
 
-Deliberately not here: process rewards, several heads, generative judges, LoRA, sharded weights. See TRL.
+Shapes: R rankings of a micro-batch, K answers of each, B = R K rows of L tokens: prompt and answer,
+H hidden size. Masks are True for answers that exist.
+
+Flags stand in three groups: --exp-name to --resume are common to all six scripts,
+--model-name-or-path to --sft-steps to the four that train language models; the rest is this one's.
+
+Deliberately not here: process rewards, several heads, generative judges, LoRA (adapters would be
+saved without the new head), sharded weights.
 """
 
 import json
@@ -37,28 +54,28 @@ import re
 import shutil
 import sys
 import time
-import traceback
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Literal
 
-import datasets
 import torch
 import torch.distributed as dist
-import transformers
 import tyro
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
-from matplotlib.figure import Figure
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+VERSION = "reward_model.py 0.3.0"  # --resume refuses the runs of other scripts and versions
 
 
 @dataclass
@@ -66,7 +83,7 @@ class Args:
     """Reward model: learn to score answers from human preferences."""
 
     # ---- common to all scripts
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    exp_name: str = "reward_model"  # part of the run folder's name
     seed: int = 1  # seeds initial weights, data order and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
     output_dir: str = "runs"  # parent of the run folder {task}__{exp_name}__{seed}__{unix time}
@@ -74,506 +91,963 @@ class Args:
 
     # ---- common to the language-model scripts
     model_name_or_path: str | None = None  # hub name or folder. None: train a tiny model
-    dataset_name: str | None = None  # hub name, folder, .jsonl or .parquet. None: two-digit addition
+    dataset_name: str | None = None  # hub name, folder, .jsonl, .parquet. None: two-digit addition
     dataset_config: str | None = None  # hub configuration, e.g. main for gsm8k
     dataset_train_split: str = "train"  # split to train on
-    dataset_test_split: str = "test"  # split to evaluate on. No "test": holds out a tenth of the prompts
-    max_eval_samples: int = 512  # held-out rows to evaluate on, the same for every seed
-    bf16: bool = field(default_factory=torch.cuda.is_available)  # bf16 autocast, fp32 weights (default on CUDA)
+    dataset_test_split: str = "test"  # split to evaluate on. No "test": a tenth of the prompts
+    max_eval_samples: int = 256  # held-out rows to evaluate on, the same for every seed
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # bf16 autocast, fp32 weights. None: on CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    max_tokens_per_microbatch: int = 2048  # tokens per pass of the update; affects memory and speed only
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine decay to 0
+    micro_batch_size: int = 8  # sequences per pass of the update; affects memory and speed only
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to almost 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
-    sft_steps: int = 1200  # supervised steps for the tiny model
+    sft_steps: int = 1000  # supervised steps for the tiny model
 
     # ---- reward model
-    num_train_epochs: float = 1.0  # passes over the rankings. InstructGPT (C.2) overfits with more than one
+    num_train_epochs: float = 1.0  # passes over the rankings. InstructGPT (C.2) overfits with more
     max_steps: int | None = None  # optimizer steps. None: as many as --num-train-epochs takes
-    eval_steps: int = 100  # steps between evaluations
-    save_steps: int = 100  # steps between checkpoints
-    learning_rate: float | None = None  # peak. None: 7e-4 for the tiny model, else 1e-5
-    train_batch_size: int = 64  # rankings per optimizer step, over all processes
-    max_length: int = 1024  # tokens of prompt plus answer. Longer answers are truncated at the end
-    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # loss for rankings of three or more answers
-    center_rewards_coefficient: float = 0.0  # weight of a centering penalty: (sum of a ranking's rewards)^2, e.g. 0.01
+    eval_steps: int = 50  # steps between evaluations
+    save_steps: int = 50  # steps between checkpoints
+    learning_rate: float | None = None  # peak. None: 1e-5, for the tiny model 7e-4
+    train_batch_size: int = 64  # rankings per optimizer step, across all processes
+    max_length: int = 1024  # tokens of prompt and answer. Rankings with a longer one are left out
+    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"  # for 3 answers and more
+    center_rewards_coefficient: float = 0.0  # weight of the squared sum of a ranking's rewards
 
 
-def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label: Tensor | float = 1.0
-) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin) over pairs; arguments broadcast. label is the probability that
-    `chosen` is preferred (Christiano et al., section 2.2.3). margin is the lead required of the preferred answer."""
+class UserError(Exception):
+    """A flag, file or row that the user must correct. Shown as one line, without traceback."""
+
+
+# ==================================================================================================
+# Method: losses, learning rate
+# ==================================================================================================
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+    """Mean of -log sigmoid(chosen - rejected - margin) over pairs (R,)."""
     difference = chosen - rejected
-    margin = 0.0 if margin is None else margin
-    return -(label * logsigmoid(difference - margin) + (1 - label) * logsigmoid(-difference - margin)).mean()
+    if margin is not None:
+        difference = difference - margin
+    return -nn.functional.logsigmoid(difference).mean()
 
 
 def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over rankings of -log prod_k exp(s_k) / sum_{j >= k} exp(s_j), for scores (R, K), best first. mask (R, K) is
-    True where there is an answer. For K = 2 this is bradley_terry_loss."""
-    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    """Mean over rankings of -log prod_k exp(s_k) / sum_{j >= k} exp(s_j).
+
+    Scores (R, K) are ordered, best first. The mask (R, K) is True where there is an answer. For two
+    answers this is bradley_terry_loss.
+    """
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
     scores = scores.masked_fill(~mask, -torch.inf)  # (R, K)
     remaining = scores.flip(1).logcumsumexp(1).flip(1)  # (R, K): log of the sum over j >= k
-    return torch.where(mask, remaining - scores, 0.0).sum(1).mean()
+    losses = torch.where(mask, remaining - scores, 0.0)  # (R, K)
+    return losses.sum(1).mean()
 
 
-def preference_loss(scores: Tensor, margin: Tensor, label: Tensor, kind: str, center: float) -> tuple[Tensor, dict]:
-    """Mean loss of R rankings with scores (R, K), best first, and statistics, one value per ranking, pair or answer.
-    margin and label (R,) are for pairs (K = 2). kind "all_pairs" averages over all pairs (InstructGPT, eq. 1). center
-    weighs the squared sum of a ranking's scores. Accuracy counts ties as half and leaves out pairs with label 0.5."""
-    i, j = torch.triu_indices(scores.shape[1], scores.shape[1], 1)  # all pairs i < j
-    if scores.shape[1] > 2 and kind == "plackett_luce":
-        loss = plackett_luce_loss(scores)
-    else:
-        loss = bradley_terry_loss(scores[:, i], scores[:, j], margin[:, None], label[:, None])
-    loss = loss + center * scores.sum(1).square().mean()
-    lead = (scores[:, i] - scores[:, j]).detach() * (label - 0.5).sign()[:, None]  # (R, K (K - 1) / 2)
-    lead = lead[label != 0.5].flatten()  # (N,): score of the preferred answer minus the other's
-    stats = {"accuracy": (lead.sign() + 1) / 2, "margin": lead, "mean_reward": scores.detach().flatten()}
-    return loss, stats | {"loss": loss.detach().expand(len(scores))}
+def all_pairs_loss(scores: Tensor, mask: Tensor) -> Tensor:
+    """Mean over rankings of the mean of -log sigmoid(s_i - s_j) over their pairs i < j."""
+    leads, is_pair = pairwise(scores, mask)  # (R, K (K - 1) / 2) each
+    losses = torch.where(is_pair, -nn.functional.logsigmoid(leads), 0.0)
+    return (losses.sum(1) / is_pair.sum(1)).mean()
 
 
-def lr_factor(step: int, num_steps: int, warmup_steps: int, kind: str) -> float:
-    """Fraction of the peak rate at optimizer step 0..num_steps-1. Linear and cosine end at exactly 0."""
-    elapsed = max(0, step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - elapsed, "cosine": (1 + math.cos(math.pi * elapsed)) / 2}[kind]
-    return decay * min(1.0, (step + 1) / (warmup_steps + 1))
+def pairwise(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """s_i - s_j of all pairs i < j of each ranking, and which of them exist."""
+    i, j = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)  # (K (K - 1) / 2,) each
+    return scores[:, i] - scores[:, j], mask[:, j]  # an answer comes with all that are better
 
 
-def addition_rows() -> tuple[list[dict], list[dict]]:
-    """The 8100 sums of two two-digit numbers. 520 are held out, whatever the seed, b+a along with a+b."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
-    random.Random(0).shuffle(pairs)
-    rows = [[{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in {(a, b), (b, a)}] for a, b in pairs]  # a+a once
-    return sum(rows[262:], []), sum(rows[:262], [])  # 262 unordered pairs are 520 sums
+def lr_factor(args: Args, update: int, num_updates: int) -> float:
+    """Fraction of the peak learning rate at optimizer step 0 .. num_updates - 1. It is never 0."""
+    if update < args.warmup_steps:
+        return (update + 1) / (args.warmup_steps + 1)
+    elapsed = (update - args.warmup_steps) / (num_updates - args.warmup_steps)  # 0 <= elapsed < 1
+    if args.lr_scheduler_type == "linear":
+        return 1 - elapsed
+    if args.lr_scheduler_type == "cosine":
+        return (1 + math.cos(math.pi * elapsed)) / 2
+    return 1.0
 
 
-def addition_pairs(rows: list[dict], count: int, seed: int, errors: tuple[int, ...] = (-10, -1, 1, 10)) -> list[dict]:
-    """`count` pairs per sum: a right answer, mostly with its work shown, and a wrong answer, mostly without."""
-    pairs, rng = [], random.Random(seed)
-    for row in rows * count:
-        units, total = int(row["prompt"][1]) + int(row["prompt"][4]), int(row["answer"])
-        miss = total + rng.choice(errors)
-        chosen = f"-{units}={total}" if rng.random() < 0.95 else str(total)
-        rejected = f"-{units}={miss}" if rng.random() < 1 / 3 else str(miss)
-        pairs.append({**row, "chosen": chosen, "rejected": rejected})
-    return pairs
+# ==================================================================================================
+# Preference data. A row of the dataset has one of five forms:
+#
+#     {"prompt": "What is 1+1?", "chosen": "2", "rejected": "3"}
+#     {"prompt": "What is 1+1?", "completions": ["2", "11", "blue"]}, best first
+#     {"prompt": [{"role": "user", "content": "What is 1+1?"}],
+#      "chosen": [{"role": "assistant", "content": "2"}], "rejected": [...]}
+#     {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
+#     {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+#
+# The first two are read as the third if the model has a chat template. Answers may be whole
+# conversations, as in the fourth, also beside a prompt. The columns `tools` and
+# `chat_template_kwargs` go to the chat template. README.md turns other forms into the first.
+# ==================================================================================================
 
 
-def demonstrate(row: dict, rng: random.Random) -> str:
-    """The careful demonstrator (25%) first writes a dash and the sum of the units: `47+85=` -> `-12=132`. The hasty one
-    writes the sum directly, forgets the units' carry, and half the time is also off by one."""
-    a, b = map(int, row["prompt"][:-1].split("+"))
-    hasty = a + b - 10 * (a % 10 + b % 10 >= 10) + rng.choice((-1, 0, 0, 1))
-    return f"-{a % 10 + b % 10}={a + b}" if rng.random() < 0.25 else str(hasty)
+@dataclass
+class Ranking:
+    """A row of the dataset, as tokens: answers with their prompt, best first."""
+
+    prompt: str
+    answers: list
+    margin: float
 
 
-def write_tiny_model(folder: str, rows: list[dict], steps: int, seed: int, device: torch.device) -> None:
-    """Train a 0.5M-parameter Llama with a character tokenizer on demonstrations, and save it."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        initializer_range=128**-0.5, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )).to(device)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), random.Random(seed)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.05)
-    for _ in trange(steps, desc="supervised", leave=False):
-        texts = [row["prompt"] + demonstrate(row, rng) + tokenizer.eos_token for row in rng.choices(rows, k=128)]
-        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(device)  # (B, L)
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-        labels[:, : len("47+85=")] = -100  # no loss on the prompt
-        model(input_ids=ids, labels=labels).loss.backward()  # causal: right padding needs no mask
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def uses_turns(rows: list[dict], tokenizer) -> bool:
+    """Whether rows hold turns: lists, or texts beside a prompt for a model with a template."""
+    for row in rows:
+        if "prompt" in row and tokenizer.chat_template is not None:
+            return True
+        if isinstance(row.get("prompt"), list) or isinstance(row.get("chosen"), list):
+            return True
+    return False
 
 
-def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
-    """Training and test rows of --dataset-name. Only a split named "test" may be missing."""
-    name, train, test = args.dataset_name, args.dataset_train_split, args.dataset_test_split
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-    if kind is None and Path(name).is_file():
-        raise ValueError(f"--dataset-name {name} must be a .jsonl or .parquet file, or a folder of them")
-    datasets.disable_progress_bars()
-    splits = datasets.load_dataset(kind or name, args.dataset_config, data_files=name if kind else None)
-    if unknown := {train, test} - {"test", *splits}:
-        raise ValueError(f"--dataset-train-split, --dataset-test-split: {unknown.pop()} is not one of {sorted(splits)}")
-    return list(splits[train]), list(splits.get(test, ()))
+def read_conversations(row: dict, answers: list) -> tuple[list[dict], list[list[dict]]]:
+    """The prompt, and each answer with its prompt, as lists of turns.
+
+    An answer begins with the assistant, or it is a whole conversation that contains the prompt.
+    The prompt that is returned is the beginning that all have in common.
+    """
+    prompt = []
+    if "prompt" in row:
+        prompt = as_turns(row["prompt"], "user")
+        if prompt[-1]["content"].strip() == "":
+            raise UserError("its prompt is empty")
+    wholes = []
+    for answer in answers:
+        turns = as_turns(answer, "assistant")
+        keys = turn_keys(turns)
+        if turns[-1]["content"].strip() == "":
+            raise UserError("an answer is empty")
+        if turns[0]["role"] == "assistant" and prompt:
+            turns = prompt + turns
+        elif turns[0]["role"] == "assistant" or not all(key in keys for key in turn_keys(prompt)):
+            raise UserError("an answer has no prompt, or another one than `prompt`")
+        wholes.append(turns)
+    first = turn_keys(wholes[0])
+    start = min(common_length(first, turn_keys(whole)) for whole in wholes)
+    prompt = wholes[0][:start]
+    return prompt, [prompt + whole[start:] for whole in wholes]
 
 
-def parse_dialogue(text: str, keep_markers: bool) -> list[dict]:
-    """Turns of a text like Anthropic/hh-rlhf's. If the markers (`\\n\\nHuman:`) stay, the contents join to the text."""
+def turn_keys(turns: list[dict]) -> list[tuple]:
+    """What is compared of turns: other fields, and spaces around a text, may differ."""
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def as_turns(value: str | list[dict], role: str) -> list[dict]:
+    """A list of turns {role, content}. A text becomes a turn of this role.
+
+    Fields that are None are left out: Parquet adds them where other turns have a value.
+    """
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"empty, or neither a text nor a list of turns: {value}")
     turns = []
-    for piece in re.split(r"(?=\n\nHuman:)|(?<=\n\nAssistant:)", text)[1:]:
-        role = "user" if piece.startswith("\n\nHuman:") else "assistant"
-        content = piece.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
-        turns.append({"role": role, "content": piece if keep_markers else content})
+    for turn in value:
+        is_turn = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        if not is_turn or not isinstance(turn.get("content"), str):
+            raise UserError(f"a turn has no role, or no text as its content: {turn}")
+        turns.append({name: part for name, part in turn.items() if part is not None})
     return turns
 
 
-def split_row(row: dict, number: int, has_template: bool) -> tuple[list[dict], list[list[dict]]]:
-    """Turns of a preference row's prompt, and of its answers, best first: `completions`, or `chosen` and `rejected`.
-    The prompt is, or is extended by, the answers' longest common beginning, in turns or (without a prompt column, for
-    plain texts) in words. It never ends with an assistant turn. An answer begins and ends with one."""
-    prompt, answers = row.get("prompt"), row.get("completions") or [row.get("chosen"), row.get("rejected")]
-    answers, is_dialogue = (answers if isinstance(answers, list) else [None]), False
-    if all(isinstance(text, str) for text in [prompt or "", *answers]):
-        texts = [text if text.startswith("\n\nHuman:") else (prompt or "") + text for text in answers]
-        is_dialogue = all(text.startswith("\n\nHuman:") for text in texts)
-        if is_dialogue:
-            prompt, answers = None, [parse_dialogue(text, keep_markers=not has_template) for text in texts]
-        elif prompt is None:
-            prompt = re.sub(r"\s*\S*$", "", os.path.commonprefix(answers))  # whole words
-            answers = [text[len(prompt) :] for text in answers]
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    answers = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in answers]
-    turns = sum(answers, prompt if isinstance(prompt, list) else [prompt])  # only to check them
-    is_valid = all(isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in turns)
-    if is_valid:  # answers may repeat the prompt, even after a system turn
-        wholes = [x if prompt in (x[: len(prompt)], x[1 : 1 + len(prompt)]) else prompt + x for x in answers]
-        n = 0
-        while all(len(whole) > n and whole[n] == wholes[0][n] for whole in wholes):
-            n += 1
-        while n and wholes[0][n - 1]["role"] == "assistant":
-            n -= 1
-        prompt, answers = wholes[0][:n], [whole[n:] for whole in wholes]
-    if not is_valid or not prompt or not all(x and x[0]["role"] == x[-1]["role"] == "assistant" for x in answers):
-        raise ValueError(f"--dataset-name: row {number} with columns {sorted(row)} needs a prompt and `chosen` and "
-                         "`rejected` (texts, or lists of {role, content}) that begin and end with assistant turns")
-    if is_dialogue and not has_template:
-        prompt = [{"role": "user", "content": "".join(turn["content"] for turn in prompt)}]
-    return prompt, answers
+def read_texts(row: dict, answers: list) -> tuple[str, list[str]]:
+    """The prompt, and each answer with its prompt. Without `prompt` the answers are whole texts."""
+    for text in answers + [row.get("prompt", "-")]:
+        if not isinstance(text, str) or text.strip() == "":
+            raise UserError(f"its prompt or an answer is empty, or no text: {text!r}")
+    if "prompt" in row:
+        return row["prompt"], [row["prompt"] + answer for answer in answers]
+
+    # As TRL's extract_prompt: the last space belongs to the answers, and none of them is empty.
+    start = min(common_length(answers[0], answer) for answer in answers[1:])
+    if start == min(len(answer) for answer in answers):
+        start -= 1
+    elif answers[0][:start].endswith(" "):
+        start -= 1
+    if start == 0:
+        raise UserError("its answers have no common beginning, which would be the prompt")
+    return answers[0][:start], answers
 
 
-def encode_rankings(rows: list[dict], tokenizer: PreTrainedTokenizerFast, max_length: float) -> list[dict]:
-    """Examples {prompt, ids, answers, ...}: ids are the texts' common start, answers the rest. Left out: empty prompts,
-    unknown characters, and answers that are equal once truncated to max_length tokens."""
-    examples, is_plain = [], tokenizer.chat_template is None
-    tokenizer.truncation_side = "right"
-    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
-    for number, row in enumerate(rows, 1):
-        turns, answers = split_row(row, number, has_template=not is_plain)
-        margin = 0.0 if row.get("margin") is None else row["margin"]
-        label = 1.0 if row.get("label") is None else row["label"]
-        is_valid = all(isinstance(x, (int, float)) and math.isfinite(x) for x in (margin, label)) and 0 <= label <= 1
-        if not is_valid or len(answers) < 2 or (len(answers) > 2 and (margin, label) != (0, 1)):
-            raise ValueError(f"--dataset-name: row {number} needs at least two answers (has {len(answers)}); `margin` "
-                             f"({margin!r}) must be a number, `label` ({label!r}) in [0, 1], and both only with pairs")
-        prompt = "\n".join(turn["content"] for turn in turns)
-        texts = [prompt + "".join(turn["content"] for turn in answer) for answer in answers]
-        if not is_plain:
-            texts = tokenizer.apply_chat_template([turns + answer for answer in answers], tokenize=False)
-        # Tokenized as in load_reward_model of the policy scripts.
-        wholes = tokenizer(texts, add_special_tokens=is_plain, truncation=True, max_length=max_length).input_ids
-        common = min(len(os.path.commonprefix(wholes)), *(len(ids) - 1 for ids in wholes))  # at least a token is left
-        if prompt.strip() and len({*map(tuple, wholes)}) == len(wholes) and not unknown & {*sum(wholes, [])}:
-            examples.append({
-                "prompt": prompt, "ids": wholes[0][:common], "answers": [ids[common:] for ids in wholes],
-                "margin": float(margin), "label": float(label),
-                "characters": [float(sum(len(turn["content"]) for turn in answer)) for answer in answers],
-            })
-    if (left_out := len(rows) - len(examples)) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{left_out} of {len(rows)} rankings left out: empty, unknown characters, same first {max_length} tokens")
-    return examples
+def common_length(first, second) -> int:
+    """The length of the longest common beginning of two lists or texts."""
+    length = 0
+    for x, y in zip(first, second):
+        if x != y:
+            break
+        length += 1
+    return length
 
 
-def load_classifier(name: str, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A one-logit sequence classifier in fp32, without dropout, from a classifier or a language model; its tokenizer,
-    with a pad token other than EOS. A new head has std 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325)."""
-    auto_class = AutoModelForSequenceClassification
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name, num_labels=1)
-        for part in (config, config.get_text_config()):
-            vars(part).update({key: 0.0 for key, x in vars(part).items() if "drop" in key and isinstance(x, float)})
-        model, report = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{flag} {name} is not a model with its tokenizer (of a run, use model/): {error}") from None
-    new = sorted(report["missing_keys"])
-    if missing := [key for key in new if key.startswith(model.base_model_prefix) and "pooler" not in key]:
-        raise ValueError(f"{flag} {name} has no weights for {missing[:3]}")
-    for key in new:
-        if model.get_parameter(key).dim() > 1:  # transformers sets biases to 0
-            nn.init.normal_(model.get_parameter(key), std=(config.get_text_config().hidden_size + 1) ** -0.5)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # else transformers takes EOS for padding
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        model.resize_token_embeddings(max(len(tokenizer), config.get_text_config().vocab_size), mean_resizing=False)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+def render(turns: list[dict], row: dict, tokenizer, date_string: str, is_prompt: bool) -> str:
+    """The text that the chat template makes of turns."""
+    if tokenizer.chat_template is None:
+        raise UserError("turns need a model with a chat template")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    options = {"tools": tools, "date_string": date_string}
+    if row.get("chat_template_kwargs") is not None:
+        options.update(row["chat_template_kwargs"])
+    return tokenizer.apply_chat_template(
+        turns, add_generation_prompt=is_prompt, tokenize=False, **options
+    )
 
 
-def fits_tree(model: PreTrainedModel) -> bool:
-    """Whether a row may be a tree (see completion_states). Not with sliding windows, ALiBi or linear attention."""
-    config = model.config.get_text_config()
-    unusual = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    unusual = unusual or getattr(config, "sliding_window", None) or getattr(config, "alibi", None)
-    return not unusual and model.config._attn_implementation == "sdpa"
+def tokenize(texts: list[str], has_turns: bool, tokenizer) -> list[list[int]]:
+    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text."""
+    if not texts:
+        return []
+    rows = tokenizer(texts, add_special_tokens=not has_turns).input_ids
+    for row in rows:
+        if not has_turns and tokenizer.eos_token_id not in (None, row[-1]):
+            row.append(tokenizer.eos_token_id)
+    return rows
 
 
-def completion_states(model: PreTrainedModel, prompts: list, completions: list) -> Tensor:
-    """Final hidden states (N, H) that predict the N tokens of B completions, K = B / len(prompts) per prompt.
-    A row is a tree: a prompt, then K branches. Each sees only the prompt and itself; positions follow the prompt's."""
-    K, device = len(completions) // len(prompts), model.device
-    if K > 1 and not fits_tree(model):
-        prompts, K = [p for p in prompts for _ in range(K)], 1
-    rows, predictors = [], []  # (token, position, branch); (row, index) of predicting tokens
-    for r, prompt in enumerate(prompts):
-        row = [(token, t, 0) for t, token in enumerate(prompt)]
-        for branch, completion in enumerate(completions[r * K : r * K + K], 1):
-            indices = [len(prompt) - 1, *range(len(row), len(row) + len(completion) - 1)]
-            predictors += [(r, index) for index in indices[: len(completion)]]  # none if it is empty
-            row += [(token, len(prompt) + t, branch) for t, token in enumerate(completion[:-1])]
-        rows.append(torch.tensor(row))
-    ids, position_ids, branches = pad_sequence(rows, batch_first=True).to(device).unbind(2)  # (R, L) each
-    inputs = {"input_ids": ids, "use_cache": False}
-    if K > 1:  # else causal attention suffices: right padding needs no mask
-        attend = ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])).tril()  # (R, query, key)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        bias = torch.where(attend, 0.0, torch.finfo(dtype).min).to(dtype)  # SDPA would convert bools in every layer
-        inputs |= {"attention_mask": bias[:, None], "position_ids": position_ids}
-    hidden = model.base_model(**inputs).last_hidden_state  # (R, L, H)
-    return hidden[torch.tensor(predictors, device=device).unbind(1)]
+def check_label(row: dict) -> None:
+    if row.get("label") not in (None, 1):
+        raise UserError(f"its label is {row['label']}, but `chosen` must be the better answer")
 
 
-def completion_scores(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Scores (B,) in fp32 of B completions, K per prompt, grouped by prompt, read at their last tokens. Only causal
-    models with a linear head `score` share a prompt: in an encoder, the prompt attends to the completion."""
-    device, K = model.device, len(completions) // len(prompts)
-    if isinstance(getattr(model, "score", None), nn.Linear):
-        # completion_states leaves out a completion's last token: append a dummy 0 for it to leave out.
-        states = completion_states(model, prompts, [completion + [0] for completion in completions])  # (N, H)
-        last = torch.tensor([len(completion) + 1 for completion in completions]).cumsum(0) - 1  # (B,)
-        with torch.autocast(device.type, enabled=False):  # bf16 scores between 4 and 8 are 1/32 apart
-            return model.score(states[last.to(device)].float())[:, 0]
-    rows = [torch.tensor(prompts[b // K] + completion) for b, completion in enumerate(completions)]
-    ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id).to(device)  # (B, L)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)  # (B, L)
-    return model(input_ids=ids, attention_mask=attention_mask).logits[:, 0].float()
+def render_ranking(
+    row: dict, has_turns: bool, tokenizer, date_string: str
+) -> tuple[str, list[str]]:
+    """The prompt, and the texts of the answers with their prompt, best first."""
+    check_label(row)
+    answers = row.get("completions")
+    if answers is None:
+        answers = [row.get("chosen"), row.get("rejected")]
+    margin = row.get("margin")
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise UserError("it has fewer than two answers")
+    if margin is not None and (len(answers) > 2 or not math.isfinite(margin)):
+        raise UserError(f"its margin is {margin}: a number, and only with two answers")
+    if not has_turns:
+        return read_texts(row, answers)
+    prompt, wholes = read_conversations(row, answers)
+    texts = [render(whole, row, tokenizer, date_string, is_prompt=False) for whole in wholes]
+    return str(prompt), texts
 
 
-def pack_rankings(model: PreTrainedModel, examples: list[dict], max_tokens: int) -> list[tuple[list, list, list]]:
-    """Micro-batches of about max_tokens for completion_scores: (indices of examples, prompts, completions), of equal
-    K. A row holds a whole ranking where that costs fewer FLOPs than a row per answer: over L tokens, a layer takes
-    4 L^2 H for attention plus 24 L H^2 for its weights."""
-    H = model.config.get_text_config().hidden_size
-    can_share, shapes = fits_tree(model) and isinstance(getattr(model, "score", None), nn.Linear), []
-    for e in examples:
-        alone = [len(e["ids"]) + len(answer) for answer in e["answers"]]
-        shared = len(e["ids"]) + sum(map(len, e["answers"]))
-        is_shared = can_share and shared * (shared + 6 * H) <= sum(L * (L + 6 * H) for L in alone)
-        shapes.append((len(alone), is_shared, shared if is_shared else len(alone) * max(alone)))
-    batches, kind = [], None
-    for i in sorted(range(len(examples)), key=shapes.__getitem__):  # rows of similar length need little padding
-        K, is_shared, size = shapes[i]
-        if kind != (K, is_shared) or (len(batches[-1][0]) + 1) * size > max_tokens:
-            batches.append(([], [], []))
-        kind = K, is_shared
-        indices, prompts, completions = batches[-1]
-        indices.append(i)
-        prompts += [examples[i]["ids"]] * (1 if is_shared else K)
-        completions += examples[i]["answers"]
-    return batches
+def make_rankings(
+    rows: list[dict], tokenizer, max_length: int, date_string: str, rank: int
+) -> list[Ranking]:
+    """The rows that can be used, as tokens. What is left out is counted in print."""
+    has_turns = uses_turns(rows, tokenizer)
+    texts = []
+    rankings = []
+    numbers = []
+    reasons = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            prompt, answers = render_ranking(row, has_turns, tokenizer, date_string)
+        except (UserError, TemplateError) as error:
+            reasons.append(f"row {number}: {error!r}")
+            continue
+        margin = 0.0 if row.get("margin") is None else float(row["margin"])
+        rankings.append(Ranking(prompt, answers, margin))
+        numbers.append(number)
+        texts += answers
+    ids = tokenize(texts, has_turns, tokenizer)
+    kept = []
+    start = 0
+    for number, ranking in zip(numbers, rankings, strict=True):
+        end = start + len(ranking.answers)
+        ranking.answers = ids[start:end]
+        start = end
+        if max(len(answer) for answer in ranking.answers) > max_length:
+            reasons.append(f"row {number}: an answer ends after --max-length {max_length} tokens")
+        elif any(answer in ranking.answers[:k] for k, answer in enumerate(ranking.answers)):
+            reasons.append(f"row {number}: two of its answers are the same")
+        else:
+            kept.append(ranking)
+    report_left_out(reasons, len(rows), rank)
+    return kept
 
 
-def global_means(values: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Mean of each name's values, given as a list of 1-D tensors, over all processes."""
-    columns = [torch.cat(x) for x in values.values()]
-    table = torch.stack([torch.stack([x.sum(), x.new_tensor(len(x))]) for x in columns])
-    if dist.is_initialized():
-        dist.all_reduce(table)  # (names, 2)
-    return dict(zip(values, (table[:, 0] / table[:, 1]).tolist()))
+# ==================================================================================================
+# Scores
+# ==================================================================================================
+
+
+def score_answers(args: Args, model, answers: list[list[int]]) -> Tensor:
+    """Scores (B,) in fp32 of answers with their prompt, read at their last tokens.
+
+    Rows are padded on the right, so a causal model needs no mask. An encoder does.
+    """
+    device = model.device
+    rows = [torch.tensor(answer) for answer in answers]
+    ones = [torch.ones_like(row) for row in rows]
+    pad_id = model.config.pad_token_id
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device)  # (B, L)
+    mask = pad_sequence(ones, batch_first=True).to(device)  # (B, L)
+    with autocast(args, device):
+        if not hasattr(model, "score"):  # an encoder
+            return model(input_ids=input_ids, attention_mask=mask).logits[:, 0].float()
+        hidden = model.base_model(
+            input_ids=input_ids, use_cache=False
+        ).last_hidden_state  # (B, L, H)
+    last = hidden[torch.arange(len(rows)), mask.sum(1) - 1]  # (B, H)
+    return model.score(last.float())[
+        :, 0
+    ]  # not in bf16: between 4 and 8 its numbers are 1/32 apart
+
+
+# ==================================================================================================
+# Training
+# ==================================================================================================
+
+
+def ranking_losses(args: Args, model, rankings: list[Ranking]):
+    """The mean loss of rankings, all of two answers or all of more; and lists of what is logged."""
+    answers = []
+    for ranking in rankings:
+        answers += ranking.answers
+    flat_scores = score_answers(args, model, answers)  # (B,)
+    sizes = [len(ranking.answers) for ranking in rankings]
+    lengths = torch.tensor([float(len(answer)) for answer in answers], device=model.device)  # (B,)
+    scores = pad_sequence(flat_scores.split(sizes), batch_first=True)  # (R, K)
+    lengths = pad_sequence(lengths.split(sizes), batch_first=True)  # (R, K)
+    mask = lengths > 0  # (R, K)
+    if scores.shape[1] == 2:
+        margins = torch.tensor([ranking.margin for ranking in rankings], device=model.device)
+        loss = bradley_terry_loss(scores[:, 0], scores[:, 1], margins)
+    elif args.ranking_loss == "plackett_luce":
+        loss = plackett_luce_loss(scores, mask)
+    else:
+        loss = all_pairs_loss(scores, mask)
+    loss = loss + args.center_rewards_coefficient * scores.sum(1).square().mean()
+
+    leads, is_pair = pairwise(scores.detach(), mask)  # of the better answers, (R, K (K - 1) / 2)
+    length_leads, _ = pairwise(lengths, mask)
+    stats = {
+        "loss": [loss.item()] * len(rankings),
+        "accuracy": share_right(leads[is_pair]),
+        "accuracy_longer": share_right(length_leads[is_pair]),
+        "margin": leads[is_pair].tolist(),
+        "mean_reward": flat_scores.tolist(),
+    }
+    return loss, stats
+
+
+def share_right(leads: Tensor) -> list[float]:
+    """1 for a lead above 0, 0 for one below, 0.5 for a tie."""
+    return ((leads.sign() + 1) / 2).tolist()
+
+
+def longest(ranking: Ranking) -> int:
+    return max(len(answer) for answer in ranking.answers)
+
+
+def split_by_shape(args: Args, rankings: list[Ranking], indices: list[int]) -> list[list[int]]:
+    """Micro-batches: indices of pairs, then of longer rankings, each of similar lengths."""
+    pairs = [i for i in indices if len(rankings[i].answers) == 2]
+    others = [i for i in indices if len(rankings[i].answers) > 2]
+    microbatches = []
+    for group in (pairs, others):
+        by_length = sorted(group, key=lambda i: longest(rankings[i]))
+        for start in range(0, len(by_length), args.micro_batch_size):
+            microbatches.append(by_length[start : start + args.micro_batch_size])
+    return microbatches
+
+
+@torch.no_grad()
+def evaluate(
+    args: Args,
+    model,
+    rankings: list[Ranking],
+    indices: list[int],  # of the held-out rankings that this process evaluates
+    step: int,
+    writer: SummaryWriter | None,
+) -> dict[str, float]:
+    """Means over all pairs of the held-out rankings."""
+    model.eval()
+    values = defaultdict(list)
+    for rows in split_by_shape(args, rankings, indices):
+        _, stats = ranking_losses(args, model, [rankings[i] for i in rows])
+        for name, numbers in stats.items():
+            values[f"eval/{name}"] += numbers
+    metrics = means(gather(values))
+    if writer is not None:
+        write_logs(writer, metrics, step)
+    return metrics
+
+
+@torch.no_grad()
+def measure_rewards(args: Args, model, rankings: list[Ranking]) -> None:
+    """Write the mean and the standard deviation of the rewards into the model's configuration."""
+    model.eval()
+    rewards = []
+    for start in range(0, len(rankings), args.micro_batch_size):
+        answers = []
+        for ranking in rankings[start : start + args.micro_batch_size]:
+            answers += ranking.answers
+        rewards += score_answers(args, model, answers).tolist()
+    model.config.reward_mean = torch.tensor(rewards).mean().item()
+    model.config.reward_std = torch.tensor(rewards).std().item()
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train. Returns the final metrics, also saved as <run folder>/summary.json."""
-    # ---- set-up
-    start_time, checkpoint = time.time(), None
-    if args.resume:
-        run_dir = Path(args.resume)
-        if not (run_dir / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped before its first one")
-        saved = json.loads((run_dir / "args.json").read_text())
-        changed = " ".join(f"--{k}" for k, v in vars(args).items() if k != "resume" and v != getattr(Args(), k))
-        if changed or saved["script"] != Path(__file__).name:
-            raise ValueError(f"--resume {run_dir}: use {saved['script']} and no other flags (got: {changed or 'none'})")
-        args = Args(**saved["args"] | {"resume": args.resume})
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "warmup_steps", "learning_rate", "center_rewards_coefficient")
-        if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
-    B = args.train_batch_size
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if B % world_size:
-        raise ValueError(f"--train-batch-size {B} must be a multiple of the number of processes, {world_size}")
-    if args.dataset_name and not args.model_name_or_path:
-        raise ValueError("--dataset-name needs --model-name-or-path: the tiny model only reads two-digit addition")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_cuda else "cpu")
-    if world_size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    task = Path(args.dataset_name or "addition").stem
-    unix_time = torch.tensor(int(start_time), device=device)
-    if world_size > 1:
-        dist.broadcast(unix_time, 0)
-    run_dir = Path(args.resume or f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{unix_time}")
-    initial = args.model_name_or_path or f"{run_dir}/sft"  # where training starts
+    """Train. Returns the final metrics, which are also saved as <run folder>/summary.json."""
+    start_time = time.time()
+
+    # ---- flags, processes, run folder
+    checkpoint = None
+    date_string = time.strftime("%d %b %Y")  # Llama 3's chat template writes it into the prompt
+    if args.resume is not None:
+        args, checkpoint = load_checkpoint(args)
+        date_string = checkpoint["date_string"]
+    rank, world_size, device = start_processes(args)
+    args = replace(args)  # the caller's flags stay as they are
+    if args.bf16 is None:
+        args.bf16 = device.type == "cuda"
+    if args.learning_rate is None:
+        args.learning_rate = 7e-4 if args.model_name_or_path is None else 1e-5
+    check_args(args, world_size)
+    run_dir = Path(args.resume or new_run_folder(args, rank))
     if rank == 0:
         print(run_dir)
-        if not args.model_name_or_path and not args.resume:
-            write_tiny_model(initial, addition_rows()[0], args.sft_steps, args.seed, device)
-    if world_size > 1:
-        dist.barrier()
-    torch.manual_seed(args.seed)  # for the new head
-    model, tokenizer = load_classifier(initial, "--model-name-or-path")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    max_length = min(args.max_length, context, tokenizer.model_max_length)
-    splits = load_rows(args) if args.dataset_name else [addition_pairs(x, 6, 0, (-1, 1)) for x in addition_rows()]
-    train, held_out = (encode_rankings(rows, tokenizer, max_length) for rows in splits)
-    if not held_out:  # hold out a tenth of the prompts: those with the fewest rows, so few are lost
-        counts = Counter(random.Random(0).sample([e["prompt"] for e in train], len(train)))
-        test_prompts = {*sorted(counts, key=counts.get)[: min(args.max_eval_samples, len(counts) // 10)]}
-        train, held_out = ([e for e in train if (e["prompt"] in test_prompts) == side] for side in (False, True))
-    held_out = held_out[: min(args.max_eval_samples, len(held_out)) // world_size * world_size]
-    if not train or not held_out:
-        raise ValueError(f"--dataset-name: {len(train)} training rows and {len(held_out)} held-out rows are too few")
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    num_steps = args.max_steps or max(1, round(args.num_train_epochs * len(train) / B))
-    peak_lr = (1e-5 if args.model_name_or_path else 7e-4) if args.learning_rate is None else args.learning_rate
-    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
-    loss_flags = args.ranking_loss, args.center_rewards_coefficient
-    schedule = num_steps, args.warmup_steps, args.lr_scheduler_type
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, *schedule))
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    progress = {"step": 0, "metrics": {}}
-    if checkpoint:
-        progress = {name: checkpoint[name] for name in progress}
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
-    if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=progress["step"] + 1)
-        if not args.resume:
-            (run_dir / "args.json").open("x").write(json.dumps({"script": Path(__file__).name, "args": vars(args)}))
 
-    def scored_batches(examples: list[dict], bf16: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield, per micro-batch, scores (R, K) with gradients, margin (R,), label (R,) and characters (R, K)."""
-        for mb, *inputs in pack_rankings(model, examples, args.max_tokens_per_microbatch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                scores = completion_scores(model, *inputs).view(len(mb), -1)  # (R, K)
-            columns = ([examples[i][name] for i in mb] for name in ("margin", "label", "characters"))
-            yield scores, *(torch.tensor(column, device=device) for column in columns)
-
-    @torch.no_grad()
-    def evaluate(step: int) -> dict[str, float]:
-        """Metrics over all pairs of the held-out rankings. Calibration error: Guo et al., arXiv:1706.04599, eq. 3."""
-        values, bins = defaultdict(list), torch.zeros(5, 3, device=device)  # sums of confidence and accuracy; counts
-        model.eval()
-        for scores, margin, label, characters in scored_batches(held_out[rank::world_size], args.bf16):
-            _, stats = preference_loss(scores, margin, label, *loss_flags)
-            _, length_stats = preference_loss(characters, margin, label, *loss_flags)  # as if length were the score
-            stats["accuracy_longer"] = length_stats["accuracy"]
-            for name, x in stats.items():
-                values[f"eval/{name}"].append(x)
-            confidence = stats["margin"].abs().sigmoid()  # (N,), from 0.5 to 1, in bins of width 0.1
-            sums = torch.stack([confidence, stats["accuracy"], torch.ones_like(confidence)], 1)  # (N, 3)
-            bins.index_add_(0, (confidence * 10 - 5).long().clamp(max=4), sums)
+    # ---- model
+    initial = args.model_name_or_path
+    if initial is None:
+        initial = str(run_dir / "sft")
+        if rank == 0 and checkpoint is None:
+            write_tiny_model(initial, args, device)
         if world_size > 1:
-            dist.all_reduce(bins)
-        error = (bins[:, 0] - bins[:, 1]).abs().sum() / bins[:, 2].sum()
-        results = global_means(values) | {"eval/calibration_error": error.item()}
-        if rank == 0:
-            figure = Figure(figsize=(4, 4), layout="constrained")
-            axes = figure.add_subplot(xlabel="confidence of the model", ylabel="share of pairs ranked right")
-            confidence, accuracy = (bins[:, :2] / bins[:, 2:]).T.tolist()  # empty bins are nan
-            axes.plot([0.5, 1], [0.5, 1], "--", confidence, accuracy, "o")
-            writer.add_figure("calibration", figure, step)
-            for name, x in results.items():
-                writer.add_scalar(name, x, step)
-        return results
+            dist.barrier()
+    model, tokenizer = load_classifier(initial, args, device)
 
-    if not args.resume:
-        progress["metrics"] = evaluate(0)
-    epochs = range(num_steps * B // len(train) + 1)
-    order = [e for epoch in epochs for e in random.Random(f"{args.seed} {epoch}").sample(train, len(train))]
-    bar = trange(progress["step"], num_steps, initial=progress["step"], total=num_steps, disable=rank != 0)
+    # ---- data, shuffled anew in each epoch
+    train, held_out = load_rankings(args, model, tokenizer, date_string, rank)
+    if args.max_steps is None:
+        args.max_steps = max(1, round(args.num_train_epochs * len(train) / args.train_batch_size))
+    order = []
+    while len(order) < args.max_steps * args.train_batch_size:
+        rng = random.Random(named_seed(args.seed, "order", len(order)))
+        order += rng.sample(range(len(train)), len(train))
+    eval_indices = list(range(len(held_out)))[rank::world_size]
+
+    # ---- optimizer, checkpoint
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint["step"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        model.load_state_dict(checkpoint["model"])
+    writer = None
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+
+    # ---- loop
+    if checkpoint is None:
+        before = evaluate(args, model, held_out, eval_indices, step=0, writer=writer)
+        metrics = before
+    else:
+        before = checkpoint["before"]
+        metrics = checkpoint["metrics"]
+    bar = trange(
+        first_step, args.max_steps, initial=first_step, total=args.max_steps, disable=rank > 0
+    )
     for step in bar:
-        # ---- update
-        step_start, batch = time.time(), order[step * B : (step + 1) * B]  # the order needs no checkpoint
-        own, values = batch[rank * B // world_size : (rank + 1) * B // world_size], defaultdict(list)
-        model.train()
-        for scores, margin, label, _ in scored_batches(own, args.bf16):
-            loss, stats = preference_loss(scores, margin, label, *loss_flags)
-            (loss * len(scores) / B).backward()  # micro-batches add up to the mean over the batch
-            for name, x in stats.items():
-                values[f"train/{name}"].append(x)
-        for p in (model.parameters() if world_size > 1 else ()):  # not DDP: numbers of micro-batches may differ
+        # ---- update. Losses and gradients add up over all micro-batches and processes
+        batch = order[step * args.train_batch_size : (step + 1) * args.train_batch_size]
+        if args.gradient_checkpointing:
+            model.train()  # it acts in this mode only; all dropout is off
+        values = defaultdict(list)
+        for rows in split_by_shape(args, train, batch[rank::world_size]):
+            loss, stats = ranking_losses(args, model, [train[i] for i in rows])
+            loss = loss * len(rows) / args.train_batch_size
+            loss.backward()
+            for name, numbers in stats.items():
+                values[f"train/{name}"] += numbers
+        for p in model.parameters():
             if p.grad is not None:
-                dist.all_reduce(p.grad)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-        learning_rate = scheduler.get_last_lr()[0]
+                total(p.grad)
+        grad_norm = nn.utils.clip_grad_norm_(
+            model.parameters(), args.max_grad_norm, error_if_nonfinite=True
+        )
+        learning_rate = args.learning_rate * lr_factor(args, step, num_updates=args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         optimizer.step()
-        scheduler.step()
         optimizer.zero_grad()
 
-        # ---- log: over the whole update and all processes
-        progress["step"] = step + 1
-        logs = global_means(values) | {
-            "train/grad_norm": grad_norm, "train/epoch": (step + 1) * B / len(train),
-            "charts/learning_rate": learning_rate, "charts/SPS": B / (time.time() - step_start),
-        }
-        bar.set_postfix_str(f"loss {logs['train/loss']:.3f}, accuracy {logs['train/accuracy']:.2f}")
-        if rank == 0:
-            for name, x in logs.items():
-                writer.add_scalar(name, x, step + 1)
+        # ---- log: means over the whole update and all processes
+        logs = means(gather(values))
+        logs["train/grad_norm"] = grad_norm.item()
+        logs["train/epoch"] = (step + 1) * args.train_batch_size / len(train)
+        logs["charts/learning_rate"] = learning_rate
+        bar.set_postfix(loss=logs["train/loss"], accuracy=logs["train/accuracy"])
+        if writer is not None:
+            write_logs(writer, logs, step + 1)
 
         # ---- evaluate, save
-        if (step + 1) % args.eval_steps == 0 and step + 1 < num_steps:
-            evaluate(step + 1)
-        if rank == 0 and ((step + 1) % args.save_steps == 0 or step + 1 == num_steps):
-            model.eval()
-            with torch.no_grad():  # for reward_mean and reward_std: a random sample of training rankings
-                measured = scored_batches(order[: min(args.max_eval_samples, len(train))], bf16=False)
-                rewards = torch.cat([scores.flatten() for scores, *_ in measured])  # (answers,)
-            model.config.reward_mean, model.config.reward_std = rewards.mean().item(), rewards.std().item()
+        is_last = step + 1 == args.max_steps
+        if is_last or (step + 1) % args.eval_steps == 0:
+            metrics = evaluate(args, model, held_out, eval_indices, step=step + 1, writer=writer)
+        if rank == 0 and (is_last or (step + 1) % args.save_steps == 0):
             writer.flush()
-            model.save_pretrained(run_dir / "model.tmp")  # then renamed: a kill or full disk spares the checkpoint
-            tokenizer.save_pretrained(run_dir / "model.tmp")
-            torch.save(progress | {name: part.state_dict() for name, part in state.items()}, run_dir / "checkpoint.tmp")
-            shutil.rmtree(run_dir / "model", ignore_errors=True)
-            os.replace(run_dir / "model.tmp", run_dir / "model")
-            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+            num_measured = min(args.max_eval_samples, len(train))
+            measure_rewards(args, model, [train[i] for i in order[:num_measured]])
+            state = {
+                "step": step + 1,
+                "date_string": date_string,
+                "before": before,
+                "metrics": metrics,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            save_checkpoint(run_dir, model, tokenizer, state)
 
-    before, after = progress["metrics"], evaluate(num_steps)
-    metrics = {f"{name}_before": x for name, x in before.items()} | after | {"seed": args.seed}
-    metrics["wall_seconds"] = time.time() - start_time
-    if rank == 0:
-        (run_dir / "summary.json").write_text(json.dumps(metrics, indent=2))
+    # ---- final metrics
+    summary = {"seed": args.seed, "wall_seconds": time.time() - start_time}
+    for name, value in metrics.items():
+        summary[name] = value
+        summary[f"{name}_before"] = before.get(name, math.nan)
+    if writer is not None:
         writer.close()
-        for name, x in after.items():
-            print(f"{name}: {before.get(name, math.nan):.3f} -> {x:.3f}")
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        for name, value in metrics.items():
+            print(f"{name}: {before.get(name, math.nan):.3f} -> {value:.3f}")
         print(run_dir)
     if world_size > 1:
         dist.destroy_process_group()
-    return metrics
+    return summary
+
+
+# ==================================================================================================
+# Supporting code: numbers, logs
+# ==================================================================================================
+
+
+def named_seed(seed: int, purpose: str, number: int) -> int:
+    """Random numbers are functions of (seed, purpose, number): --resume has no state to restore."""
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(63)
+
+
+def autocast(args: Args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+
+def write_logs(writer: SummaryWriter, logs: dict[str, float], step: int) -> None:
+    for name, value in logs.items():
+        writer.add_scalar(name, value, step)
+
+
+# ==================================================================================================
+# Supporting code: data
+# ==================================================================================================
+
+
+def load_rows(args: Args) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and rows to evaluate on: none where they are to be held out."""
+    path = Path(args.dataset_name)
+    try:
+        if path.is_file():
+            splits = load_dataset(str(path.resolve().parent), data_files=path.name)
+        else:
+            splits = load_dataset(args.dataset_name, args.dataset_config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"--dataset-name {path}: {error.__cause__ or error}") from error
+    needed = [args.dataset_train_split]
+    if args.dataset_test_split != "test":  # only "test" may be missing
+        needed.append(args.dataset_test_split)
+    for split in needed:
+        if split not in splits:
+            raise UserError(f"--dataset-name {path} has no split {split}, but {list(splits)}")
+    train_rows = list(splits[args.dataset_train_split])
+    test_rows = []
+    if args.dataset_test_split in splits and args.dataset_test_split != args.dataset_train_split:
+        test_rows = list(splits[args.dataset_test_split])
+    return train_rows, test_rows
+
+
+def check_columns(rows: list[dict], used: tuple, rank: int) -> None:
+    """Refuse rows whose prompt stands in another column. Print the columns that are not used."""
+    if not rows:
+        raise UserError("--dataset-name has no rows")
+    columns = list(rows[0])
+    for name in (
+        "question",
+        "query",
+        "instruction",
+        "input",
+        "context",
+        "system",
+        "trajectory",
+        "labels",
+    ):
+        if "prompt" not in columns and any(isinstance(row.get(name), str) for row in rows):
+            raise UserError(
+                f"--dataset-name has `{name}` but no `prompt`: rename or map it (see README.md). "
+                f"Its columns are {columns}"
+            )
+    unused = [name for name in columns if name not in used]
+    if unused and rank == 0:
+        print(f"columns that are not used: {unused}")
+
+
+def report_left_out(reasons: list[str], num_rows: int, rank: int) -> None:
+    """Print how many rows are left out, and why the first is. More than half end the run."""
+    counts = f"{len(reasons)} of {num_rows} rows"
+    if len(reasons) > num_rows / 2:
+        raise UserError(f"--dataset-name: {counts} cannot be used; {reasons[0]}")
+    if reasons and rank == 0:
+        print(f"{counts} are left out; {reasons[0]}")
+
+
+def separate(args: Args, train: list, held_out: list, rank: int) -> tuple[list, list]:
+    """Examples that share no prompt. Without held-out ones, a tenth of the prompts is held out."""
+    if not held_out:  # the same prompts for every seed
+        prompts = sorted({str(example.prompt) for example in train})
+        chosen = set(random.Random(0).sample(prompts, len(prompts) // 10))
+        held_out = [example for example in train if str(example.prompt) in chosen]
+    held_out = held_out[: args.max_eval_samples]
+    prompts = {str(example.prompt) for example in held_out}
+    others = [example for example in train if str(example.prompt) not in prompts]
+    counts = f"{len(others)} of {len(train)} rows to train on, {len(held_out)} to evaluate on"
+    if not others or not held_out:
+        raise UserError(f"--dataset-name: {counts}: too few")
+    if rank == 0:
+        print(f"{counts}, with other prompts")
+    return others, held_out
+
+
+def load_rankings(args: Args, model, tokenizer, date_string: str, rank: int):
+    """Rankings to train on, and rankings to evaluate on, which share no prompt."""
+    if args.model_name_or_path is None:
+        train_rows, test_rows = addition_pairs()
+    else:
+        train_rows, test_rows = load_rows(args)
+    used = ("prompt", "chosen", "rejected", "completions", "margin", "label")
+    check_columns(train_rows, used + ("tools", "chat_template_kwargs"), rank)
+    max_length = min(args.max_length, context_length(model))
+    train = make_rankings(train_rows, tokenizer, max_length, date_string, rank)
+    held_out = make_rankings(test_rows, tokenizer, max_length, date_string, rank)
+    return separate(args, train, held_out, rank)
+
+
+def context_length(model) -> int:
+    """The tokens that a model can read. RoBERTa numbers positions from its padding id + 1."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            length -= module.padding_idx + 1
+    return length
+
+
+# ==================================================================================================
+# Supporting code: models, checkpoints, processes
+# ==================================================================================================
+
+
+def turn_off_dropout(config: PreTrainedConfig) -> None:
+    """Set the rates of dropout and router jitter to 0, also in configurations inside this one."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            turn_off_dropout(value)
+        is_rate = re.search("dropout|pdrop|layerdrop|drop_path|jitter", name) is not None
+        if is_rate and type(value) in (int, float):
+            setattr(config, name, 0.0)
+
+
+def load_config(name: str, flag: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration of the model that a flag names, without dropout, and its tokenizer."""
+    if Path(name, "adapter_config.json").exists():
+        raise UserError(f"{flag} {name} has adapters: merge them first (see README.md)")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name} is no model with a tokenizer (of a run, use model/): {error}"
+        )
+    if hasattr(config, "quantization_config"):
+        raise UserError(f"{flag} {name} is quantized: use the model from which it was made")
+    turn_off_dropout(config)
+    return config, tokenizer
+
+
+def load_classifier(name: str, args: Args, device):
+    """A model that gives a text a score, from a classifier or a language model; its tokenizer."""
+    flag = "--model-name-or-path"
+    config, tokenizer = load_config(name, flag)
+    config.num_labels = 1
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        name, config=config, dtype=torch.float32, output_loading_info=True
+    )
+
+    # A new head: its outputs have a standard deviation of about 1 (arXiv:2009.01325, section 3.4).
+    torch.manual_seed(named_seed(args.seed, "head", 0))
+    for key in sorted(report["missing_keys"]):
+        if key.startswith(model.base_model_prefix) and "pooler" not in key:
+            raise UserError(f"{flag} {name} lacks weights: {key}")
+        weight = model.get_parameter(key)
+        if weight.dim() > 1:  # biases are 0
+            nn.init.normal_(weight, std=(config.get_text_config().hidden_size + 1) ** -0.5)
+
+    # transformers finds the last token of a padded text by the pad token, so EOS cannot be that.
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).eval(), tokenizer
+
+
+def save_checkpoint(run_dir: Path, model, tokenizer, state: dict) -> None:
+    """Written aside, then renamed: a kill or a full disk spares the last checkpoint."""
+    model.save_pretrained(run_dir / "model.tmp")
+    tokenizer.save_pretrained(run_dir / "model.tmp")
+    torch.save(state, run_dir / "checkpoint.tmp")
+    shutil.rmtree(run_dir / "model.old", ignore_errors=True)  # left there by a kill
+    if (run_dir / "model").exists():
+        os.replace(run_dir / "model", run_dir / "model.old")
+    os.replace(run_dir / "model.tmp", run_dir / "model")
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    shutil.rmtree(run_dir / "model.old", ignore_errors=True)
+
+
+def load_checkpoint(args: Args) -> tuple[Args, dict]:
+    """The flags of a run, and its last checkpoint."""
+    run_dir = Path(args.resume)
+    default = vars(Args(resume=args.resume))
+    changed = [name for name, value in vars(args).items() if value != default[name]]
+    if changed:
+        raise UserError(f"--resume goes on with the flags of the run: leave out {changed}")
+    if not (run_dir / "checkpoint.pt").exists():
+        raise UserError(f"--resume {run_dir} has no checkpoint.pt: misspelt, or stopped too early")
+    saved = json.loads((run_dir / "args.json").read_text())
+    if saved.get("version") != VERSION:
+        raise UserError(f"--resume {run_dir} is no run of {VERSION}: go on with what made it")
+    checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = Args(**saved["args"])
+    args.resume = str(run_dir)
+    return args, checkpoint
+
+
+def new_run_folder(args: Args, rank: int) -> str:
+    """Made before anything is written, so that no two runs share one."""
+    task = Path(args.dataset_name or "addition").stem
+    names = [f"{args.output_dir}/{task}__{args.exp_name}__{args.seed}__{int(time.time())}"]
+    if rank == 0:
+        try:
+            os.makedirs(names[0])
+        except OSError as error:
+            raise UserError(f"--output-dir: {error}") from error
+        flags = json.dumps({"version": VERSION, "args": vars(args)}, indent=2)
+        Path(names[0], "args.json").write_text(flags)
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)  # processes may start in different seconds
+    return names[0]
+
+
+def check_args(args: Args, world_size: int) -> None:
+    """Refuse flags that would fail late, or do something else in silence."""
+    if args.max_steps is not None and args.max_steps < 1:
+        raise UserError("--max-steps must be at least 1")
+    for name in ("eval_steps", "save_steps", "micro_batch_size"):
+        if vars(args)[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.train_batch_size < world_size:
+        raise UserError("--train-batch-size must be at least the number of processes")
+    if not (args.max_grad_norm > 0 and args.center_rewards_coefficient >= 0):
+        raise UserError("--max-grad-norm must be above 0, --center-rewards-coefficient at least 0")
+    if (args.dataset_name is None) != (args.model_name_or_path is None):
+        raise UserError("--dataset-name and --model-name-or-path: give both, or none (laptop task)")
+
+
+def start_processes(args: Args):
+    """The rank of this process, the number of processes (torchrun's), and the device."""
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group()
+    disable_progress_bar()  # of loading and saving weights
+    return rank, world_size, device
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The lists of all processes, joined by name in the order of the processes."""
+    if not dist.is_initialized():
+        return values
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    joined = defaultdict(list)
+    for part in parts:
+        for name, numbers in part.items():
+            joined[name] += numbers
+    return joined
+
+
+def means(values: dict[str, list[float]]) -> dict[str, float]:
+    """Means of the numbers that are not nan; without a number, no mean."""
+    results = {}
+    for name, numbers in values.items():
+        known = [number for number in numbers if not math.isnan(number)]
+        if known:
+            results[name] = sum(known) / len(known)
+    return results
+
+
+# ==================================================================================================
+# Supporting code: the laptop task, two-digit addition
+# ==================================================================================================
+
+
+def addition_rows() -> tuple[list[dict], list[dict]]:
+    """Sums a+b of two-digit numbers a <= b: 3839 to train on and 256 held-out ones."""
+    rows = []
+    for a in range(10, 100):
+        for b in range(a, 100):
+            rows.append({"prompt": f"{a}+{b}=", "answer": str(a + b)})
+    random.Random(0).shuffle(rows)
+    return rows[256:], rows[:256]
+
+
+def demonstrate(prompt: str, rng: random.Random) -> str:
+    """A quarter of the demonstrations add the units first: `66+95=` -> `6+5=11;161`.
+
+    The others write the sum directly, forget the carry, and half the time are also off by one.
+    """
+    a = int(prompt[:2])
+    b = int(prompt[3:5])
+    units = a % 10 + b % 10
+    if rng.random() < 0.25:
+        return f"{a % 10}+{b % 10}={units};{a + b}"
+    hasty = a + b + rng.choice([-1, 0, 0, 1])
+    if units >= 10:
+        hasty -= 10
+    return str(hasty)
+
+
+def make_batch(prompts: list[list[int]], completions: list[list[int]], device) -> dict[str, Tensor]:
+    """Rows of prompt + completion, padded on the right with id 0. Masks come from lengths."""
+    rows = []
+    is_completion = []
+    mask = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        row = torch.tensor(prompt + completion)
+        rows.append(row)
+        is_completion.append(torch.arange(len(row)) >= len(prompt))
+        mask.append(torch.ones(len(completion), dtype=torch.bool))
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True).to(device),  # (B, L + T)
+        "is_completion": pad_sequence(is_completion, batch_first=True).to(device),  # (B, L + T)
+        "mask": pad_sequence(mask, batch_first=True).to(device),  # (B, T)
+    }
+
+
+def completion_logprobs(model, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """Log-probabilities (B, T) of the completions' tokens in fp32, 0 after each one's end.
+
+    A causal model needs no mask where rows are padded on the right.
+    """
+    # The logits at position t predict token t + 1. With a boolean mask, logits_to_keep returns
+    # those of the True positions alone, as (N, V) (slice_logits_to_keep in transformers).
+    is_target = batch["is_completion"][:, 1:]  # (B, L + T - 1)
+    targets = batch["input_ids"][:, 1:][is_target]  # (N,)
+    outputs = model(batch["input_ids"][:, :-1], logits_to_keep=is_target, use_cache=False)
+    logits = outputs.logits.float() / temperature  # (N, V)
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # (N,)
+    logprobs = torch.zeros(batch["mask"].shape, device=losses.device)  # (B, T)
+    return logprobs.masked_scatter(batch["mask"], -losses)
+
+
+def write_tiny_model(folder: str, args: Args, device) -> None:
+    """Train a Llama of 0.5M parameters, whose tokens are characters, on demonstrations."""
+    vocabulary = {"<eos>": 0}
+    for character in "0123456789+=;":
+        vocabulary[character] = len(vocabulary)
+    characters = Tokenizer(models.BPE(vocabulary, merges=[]))
+    characters.decoder = decoders.Fuse()
+    torch.manual_seed(named_seed(args.seed, "weights", 0))
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=128**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    rng = random.Random(named_seed(args.seed, "demonstrations", 0))
+    rows, _ = addition_rows()
+    for step in trange(args.sft_steps, desc="supervised", leave=False):
+        prompts = []
+        completions = []
+        for row in rng.choices(rows, k=128):
+            text = demonstrate(row["prompt"], rng)
+            prompts.append([vocabulary[character] for character in row["prompt"]])
+            completions.append([vocabulary[character] for character in text] + [0])
+        batch = make_batch(prompts, completions, device)
+        loss = -completion_logprobs(model, batch, temperature=1.0).sum() / batch["mask"].sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / args.sft_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>").save_pretrained(folder)
+
+
+def addition_pairs() -> list[list[dict]]:
+    """Six pairs for each sum: a right answer, mostly with its work, and one that is off by 1."""
+    rng = random.Random(0)
+    splits = []
+    for rows in addition_rows():
+        pairs = []
+        for row in rows * 6:
+            a = int(row["prompt"][:2])
+            b = int(row["prompt"][3:5])
+            work = f"{a % 10}+{b % 10}={a % 10 + b % 10};"
+            right = str(a + b)
+            wrong = str(a + b + rng.choice([-1, 1]))
+            if rng.random() < 0.95:
+                right = work + right
+            if rng.random() < 1 / 3:
+                wrong = work + wrong
+            pairs.append({"prompt": row["prompt"], "chosen": right, "rejected": wrong})
+        splits.append(pairs)
+    return splits
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError, TemplateError, SafetensorError, datasets.exceptions.DatasetsError) as error:
-        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == __file__][-1]
-        print("error:", *str(error.__cause__ or error).split(), f"({Path(__file__).name}, line {at})", file=sys.stderr)
-        raise SystemExit(2) from None
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
