@@ -33,8 +33,8 @@ up. Whatever the loss, rewards/* are beta log(pi / pi_ref) of whole answers, as 
     torchrun --nproc-per-node=8 dpo.py ...         # 8 GPUs: the same batch, split by pairs
     python dpo.py --resume runs/<run folder>       # continue exactly from the last checkpoint
 
-The first takes about two minutes on two cores. The pairs are answers of the tiny model itself, a
-right and a wrong one. TODO
+The first takes about three minutes on two cores. The pairs are answers of the tiny model itself to
+the same sum, a right and a wrong one. Sampled accuracy on held-out sums rises from 0.47 to 0.90.
 
 Shapes: R pairs of a micro-batch, B = 2R rows of prompt and answer, L prompt tokens, T answer
 tokens, N answer tokens of a whole micro-batch, V vocabulary. `logps` are sums over the tokens of an
@@ -119,7 +119,9 @@ class Args:
     train_batch_size: int = 64  # pairs per optimizer step, across all processes
     max_length: int = 1024  # tokens of prompt and answer. Longer answers lose their end
     beta: float = 0.1  # weight of the KL penalty. The losses per token need a higher one
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"  # see above
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = (
+        "sigmoid"  # see the top
+    )
     label_smoothing: float = 0.0  # assumed share of wrong labels, below 0.5 (sigmoids and robust)
     rpo_alpha: float = 0.0  # weight of the chosen answers' negative log-likelihood per token
 

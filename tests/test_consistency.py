@@ -13,7 +13,7 @@ from conftest import ROOT, SCRIPTS, run_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # In the form of version 0.3. The other language-model scripts will follow; until then their shared functions differ.
-NEW_FORM = ("grpo_llm",)
+NEW_FORM = ("grpo_llm", "dpo", "reward_model")
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 GLOSSARY = (ROOT / "tests" / "README.md").read_text()
 # Flags of a run of seconds that writes every tag of its script.
@@ -25,7 +25,7 @@ TINY = {
     "ppo_llm": {
         "sft_steps": 1, "max_steps": 1, "generation_batch_size": 8, "max_completion_length": 8, "max_eval_samples": 4,
     },
-    "dpo": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
+    "dpo": {"sft_steps": 40, "max_steps": 1, "max_eval_samples": 4},  # some answers must be right
     "reward_model": {"sft_steps": 1, "max_steps": 1, "max_eval_samples": 4},
     "maxent_irl": {"max_steps": 1, "exact_steps": 1},
     "gail": {"constant_action": 0, "total_timesteps": 1, "bc_epochs": 1},
@@ -58,23 +58,24 @@ def top_level(source: str) -> dict[str, str]:
 
 
 def test_the_same_name_has_the_same_source():
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[tuple[bool, str], tuple[str, str]] = {}
     for script in SCRIPTS:
         for name, source in top_level(SOURCES[script]).items():
-            if name not in ("Args", "main") and script not in NEW_FORM:
-                other, expected = seen.setdefault(name, (script, source))
+            if name not in ("Args", "main", "VERSION", "evaluate", "check_args"):  # each script has its own
+                other, expected = seen.setdefault((script in NEW_FORM, name), (script, source))
                 assert source == expected, f"{name} differs between {other}.py and {script}.py"
         assert {"Args", "main"} <= set(top_level(SOURCES[script]))
 
 
 @pytest.mark.parametrize("title", ["common to all scripts", "common to the language-model scripts"])
 def test_the_common_flags_are_the_same(title):
-    blocks = {
-        script: re.search(rf"    # ---- {title}\n(.*?)\n    # ----", source, re.DOTALL).group(1)
-        for script, source in SOURCES.items()
-        if f"    # ---- {title}\n" in source and script not in NEW_FORM
-    }
-    assert len(blocks) >= 3 and len(set(blocks.values())) == 1
+    blocks = {True: {}, False: {}}
+    for script, source in SOURCES.items():
+        block = re.search(rf"    # ---- {title}\n(.*?)\n    # ----", source, re.DOTALL)
+        if block is not None:
+            blocks[script in NEW_FORM][script] = block.group(1).replace(f'"{script}"', "Path(__file__).stem")
+    assert len(blocks[True]) == 3
+    assert len(set(blocks[True].values())) == len(set(blocks[False].values())) == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -100,6 +101,18 @@ def test_help_names_every_flag(script):
     assert shown.returncode == 0
     for flag in fields(import_module(script).Args):
         assert f"--{flag.name.replace('_', '-')}" in shown.stdout
+
+
+@pytest.mark.parametrize("script", NEW_FORM)
+def test_runs_of_other_scripts_and_versions_are_refused(script, tmp_path):
+    module = import_module(script)
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    for saved in ({"script": f"{script}.py", "args": {}}, {"version": "ppo_llm.py 0.3.0", "args": {"nonsense": 1}}):
+        (tmp_path / "args.json").write_text(json.dumps(saved))
+        with pytest.raises(module.UserError, match=f"is no run of {script}.py 0.3.0"):
+            module.main(module.Args(resume=str(tmp_path)))
+    with pytest.raises(module.UserError, match="leave out .'seed'"):
+        module.main(module.Args(resume=str(tmp_path), seed=5))
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in NEW_FORM])

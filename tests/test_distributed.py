@@ -49,8 +49,8 @@ RUNS = [
     ("grpo_llm", {"num_iterations": 2, "loss_type": "grpo"}),
     ("ppo_llm", {"num_mini_batches": 2, "whiten_rewards": True}),
     ("ppo_llm", {"share_value_backbone": True, "num_generations": 4, "target_kl": 1e-4}),
-    ("dpo", {}),
-    ("reward_model", {}),
+    ("dpo", {"train_batch_size": 6}),  # unequal shares in 4 processes
+    ("reward_model", {"train_batch_size": 6, "learning_rate": 3e-4}),
 ]
 # Per process, or a maximum over micro-batches that another number of processes composes otherwise.
 NOT_THE_SAME = {"charts/SPS", "train/sampling/sampling_logp_difference/max"}
@@ -62,7 +62,7 @@ def test_two_and_four_processes_equal_one(script, flags, model_folder, tmp_path)
     that two go on from."""
     flags = {**tiny_flags(script, tmp_path, model_folder), "max_steps": 3, "learning_rate": 1e-3, **flags}
     # With 3 held-out prompts, 2 processes have unequal shares, and one of 4 has none. The form of 0.2 needs a multiple.
-    flags["max_eval_samples"] = 3 if script == "grpo_llm" else 4
+    flags["max_eval_samples"] = 4 if script == "ppo_llm" else 3
     sums = [(a, b) for a in range(8) for b in range(8)]
     pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a}" * (1 + b % 3), "rejected": f"-{b}"} for a, b in sums]
     write_rows(tmp_path / "rows.jsonl", MORE_SUMS if "llm" in script else pairs)  # one is held out for each process

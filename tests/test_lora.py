@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from test_distributed import run_processes
 from transformers import AutoModelForCausalLM
 
+import dpo
 import grpo_llm
-from grpo_llm import Args, add_adapters, load_model, main, make_batch, reference_logprobs
+from grpo_llm import Args, add_adapters, load_model, make_batch, reference_logprobs
 
 
 @pytest.fixture
@@ -21,20 +22,21 @@ def run(tmp_path, model_folder, monkeypatch):
     """Does a tiny run with adapters. Returns its folder."""
     monkeypatch.setattr(grpo_llm, "REWARDS", with_digit_reward("grpo_llm"))
 
-    def run(name="runs", **flags):
-        flags = {**tiny_flags("grpo_llm", tmp_path, model_folder), "lora_r": 4, **flags}
-        args = Args(**{**flags, "output_dir": str(tmp_path / name)})
-        main(args)
+    def run(name="runs", script=grpo_llm, **flags):
+        flags = {**tiny_flags(script.__name__, tmp_path, model_folder), "lora_r": 4, **flags}
+        args = script.Args(**{**flags, "output_dir": str(tmp_path / name)})
+        script.main(args)
         return run_folder(args)
 
     return run
 
 
-def test_a_few_steps_move_the_adapters_and_nothing_else(run, model_folder, monkeypatch):
+@pytest.mark.parametrize("script", [grpo_llm, dpo])
+def test_a_few_steps_move_the_adapters_and_nothing_else(script, run, model_folder, monkeypatch):
     models = []
-    real = grpo_llm.load_model
-    monkeypatch.setattr(grpo_llm, "load_model", lambda *args: models.append(real(*args)) or models[-1])
-    folder = run(max_steps=3)
+    real = script.load_model
+    monkeypatch.setattr(script, "load_model", lambda *args: models.append(real(*args)) or models[-1])
+    folder = run(script=script, max_steps=3)
     ((model, _),) = models  # the reference is the policy without its adapters
     before = load_file(f"{model_folder}/model.safetensors")
     base = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora" not in name}
@@ -65,23 +67,37 @@ def test_the_reference_is_the_untouched_base(run, model_folder):
         assert not torch.allclose(grpo_llm.completion_logprobs(model, batch, 0.7), expected, atol=0.01)
 
 
-def test_resume_is_bit_equal(run):
-    """Four steps, and two steps that are resumed as if they were the first half of four."""
-    whole, half = (run(str(steps), max_steps=steps, lr_scheduler_type="constant") for steps in (4, 2))
-    saved = json.loads((half / "args.json").read_text())
-    saved["args"]["max_steps"] = 4
-    (half / "args.json").write_text(json.dumps(saved))
-    main(Args(resume=str(half)))
-    one, other = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (whole, half))
+def test_dpo_starts_at_the_base_and_ends_with_adapters_that_it_scored(run, model_folder):
+    folder = run(script=dpo, max_steps=6, learning_rate=3e-2)
+    losses = [value for _, value in scalars(folder)["train/loss"]]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.6
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    base = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("script", [grpo_llm, dpo])
+def test_resume_is_bit_equal(script, run, tmp_path, monkeypatch):
+    whole, save = run("whole", script=script, max_steps=4), torch.save
+    monkeypatch.setattr(torch, "save", lambda state, path: 1 / 0 if state["step"] == 4 else save(state, path))
+    with pytest.raises(ZeroDivisionError):
+        run("cut", script=script, max_steps=4)
+    monkeypatch.setattr(torch, "save", save)
+    cut = run_folder(Args(output_dir=str(tmp_path / "cut")))
+    script.main(script.Args(resume=str(cut)))
+    one, other = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (whole, cut))
     assert one and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_two_processes_equal_one(model_folder, tmp_path):
-    flags = {**tiny_flags("grpo_llm", tmp_path, model_folder), "max_steps": 3, "learning_rate": 1e-2, "lora_r": 4}
-    write_rows(tmp_path / "rows.jsonl", MORE_SUMS)
+@pytest.mark.parametrize("script", ["grpo_llm", "dpo"])
+def test_two_processes_equal_one(script, model_folder, tmp_path):
+    flags = {**tiny_flags(script, tmp_path, model_folder), "max_steps": 3, "learning_rate": 1e-2, "lora_r": 4}
+    if script == "grpo_llm":
+        write_rows(tmp_path / "rows.jsonl", MORE_SUMS)
     adapters = []
     for count in (1, 2):
-        run_processes("grpo_llm", {**flags, "output_dir": str(tmp_path / str(count))}, count, tmp_path)
+        run_processes(script, {**flags, "output_dir": str(tmp_path / str(count))}, count, tmp_path)
         folder = run_folder(Args(output_dir=str(tmp_path / str(count))))
         adapters.append(load_file(folder / "model" / "adapter_model.safetensors"))
     assert all(torch.allclose(adapters[1][name], x, rtol=0, atol=1e-5) for name, x in adapters[0].items())

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model
+from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import LlamaConfig
 
 import grpo_llm
 from dpo import dpo_loss
@@ -17,7 +17,7 @@ from gail import gae_episodic
 from grpo_llm import generate, group_advantages, make_batch
 from maxent_irl import importance_weights, soft_value_iteration
 from ppo_llm import completion_logprobs, gae, pack, sample, whiten
-from reward_model import bradley_terry_loss, completion_scores, plackett_luce_loss
+from reward_model import bradley_terry_loss, plackett_luce_loss
 
 
 def examples(count: int) -> settings:
@@ -194,30 +194,6 @@ def test_microbatches_hold_every_sample_once_within_the_budget(llama, tree, max_
         assert len(rows) == 1 or len(rows) * max(rows) <= max_tokens
         seen += indices
     assert sorted(seen) == list(range(len(samples))) and len(pack(llama, samples, len(answers[0]), 10**6)) == 1
-
-
-@pytest.fixture(scope="module")
-def classifier():
-    torch.manual_seed(0)
-    config = LlamaConfig(**CONFIGS["llama"].to_diff_dict() | {"num_labels": 1, "pad_token_id": 0})
-    model = AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def test_rows_of_answers_have_the_scores_of_each_sequence_alone(classifier):
-    @examples(40)
-    @given(trees(shortest=1))
-    def holds(tree):
-        prompts, answers, _ = tree
-        scores = completion_scores(classifier, list(prompts), [*itertools.chain(*answers)]).view(len(prompts), -1)
-        for r, (prompt, group) in enumerate(zip(prompts, answers)):
-            for k, answer in enumerate(group):
-                hidden = classifier.model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0, -1]
-                assert torch.allclose(scores[r, k], classifier.score(hidden)[0], atol=1e-4)
-
-    holds()
 
 
 # ---- advantages

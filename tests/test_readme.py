@@ -1,5 +1,6 @@
 """The README's recipes do what they say, in a folder of a newcomer's: the scripts and what the recipe adds."""
 
+import importlib
 import json
 import re
 import shlex
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import textwrap
 
+import datasets
 import pytest
 import torch
 from conftest import MORE_SUMS, ROOT, make_tokenizer, save_tiny_model, write_rows
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
 
+import dpo
 import grpo_llm
+import reward_model
 
 README = (ROOT / "README.md").read_text()
 ROLLOUT = "--max-steps 1 --generation-batch-size 8 --max-completion-length 8 --max-eval-samples 8"
@@ -26,17 +30,18 @@ SMALL = {  # what makes a recipe's command a matter of seconds
 
 
 def test_the_recipes_run(tmp_path):
-    """Each is at most eleven lines of Python."""
+    """Each is at most eleven lines of Python, or a few functions of a few lines."""
     model_folder = save_tiny_model(tmp_path / "model", string.digits + string.ascii_letters + " ?+-=.")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     section = README.split("## Recipes")[1].split("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
-    assert [language for language, _ in blocks].count("bash") == 4
+    assert [language for language, _ in blocks].count("bash") == 3
     for language, text in blocks:
         if language == "python":
             name, code = re.fullmatch(r"# (\w+\.py)\n(.*)", text, re.DOTALL).groups()
-            assert len([line for line in code.splitlines() if line]) <= 11
+            lines = [line for line in code.splitlines() if line]
+            assert len(lines) / max(1, sum(line.startswith("def ") for line in lines)) <= 11
             (tmp_path / name).write_text(code)
             continue
         for command in text.strip().splitlines():
@@ -46,7 +51,7 @@ def test_the_recipes_run(tmp_path):
             call = [sys.executable, script, *words]
             done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
             assert python == "python" and done.returncode == 0, done.stderr[-2000:]
-            if script not in ("my_data.py", "my_demos.py"):
+            if script not in ("my_preferences.py", "my_demos.py"):
                 folder = tmp_path / done.stdout.splitlines()[-1]
                 assert (folder / "summary.json").is_file()
                 if script == "my_reward.py":
@@ -90,6 +95,36 @@ def test_formulas_are_compared_by_math_verify(tmp_path):
     command = [sys.executable, "my_formulas.py", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+FOREIGN = {  # rows as these data sets have them, and the prompt that must be read
+    "anthropic_hh": (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: And?\n\nAssistant: Good.",
+         "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: And?\n\nAssistant: Bad."}, "user:Hi|assistant:Yes?|user:And?|"),
+    "orca": ({"system": "Be brief.", "question": "And?", "chosen": "Good.", "rejected": "Bad."}, "user:Be brief.\nAnd?|"),
+    "ultra_interact": (
+        {"trajectory": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yes?"},
+                        {"from": "user", "value": "And?"}], "chosen": "Good.", "rejected": "Bad."},
+        "user:Hi|assistant:Yes?|user:And?|"),
+    "llama_factory": ({"instruction": "And?", "input": "", "chosen": "Good.", "rejected": "Bad."}, "user:And?|"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_preferences_in_other_columns_are_read_after_their_recipe(name, tmp_path, monkeypatch):
+    (tmp_path / "my_preferences.py").write_text(python_block("my_preferences.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = getattr(importlib.import_module("my_preferences"), name)
+    row, prompt = FOREIGN[name]
+    rows = datasets.Dataset.from_list([row] * 3).map(recipe).to_list()
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '|' }}{% endfor %}"
+    dpo.check_columns(rows, ("prompt", "chosen", "rejected"), rank=0)
+    for pair in dpo.make_pairs(rows, tokenizer, 999, "01 Dec 2026", rank=0):
+        texts = [tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+        assert texts == [prompt, "assistant:Good.|", "assistant:Bad.|"]
+    (ranking, *_) = reward_model.make_rankings(rows, tokenizer, 999, "01 Dec 2026", rank=0)
+    assert tokenizer.decode(ranking.answers[1]) == prompt + "assistant:Bad.|"
 
 
 def test_merged_adapters_are_a_model(tmp_path):
