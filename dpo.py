@@ -114,11 +114,11 @@ class Args:
     max_steps: int | None = None  # optimizer steps. None: as many as --num-train-epochs takes
     eval_steps: int = 20  # steps between evaluations
     save_steps: int = 50  # steps between checkpoints
-    learning_rate: float | None = None  # peak. None: 1e-6, for the tiny model 5e-4; LoRA: 10 times
+    learning_rate: float | None = None  # peak. None: 1e-6, for the tiny model 2e-4; LoRA: 10 times
     lora_r: int = 0  # train adapters of this rank instead of all weights. 0: off
     train_batch_size: int = 64  # pairs per optimizer step, across all processes
     max_length: int = 1024  # tokens of prompt and answer. Longer answers lose their end
-    beta: float = 0.1  # weight of the KL penalty. The losses per token need a higher one
+    beta: float | None = None  # weight of the KL penalty; more per token. None: 0.1, tiny model 1
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = (
         "sigmoid"  # see the top
     )
@@ -591,14 +591,16 @@ def main(args: Args) -> dict[str, float]:
         args, checkpoint = load_checkpoint(args)
         date_string = checkpoint["date_string"]
     rank, world_size, device = start_processes(args)
-    check_args(args, world_size)
     args = replace(args)  # the caller's flags stay as they are
     if args.bf16 is None:
         args.bf16 = device.type == "cuda"
     if args.learning_rate is None:
-        args.learning_rate = 5e-4 if args.model_name_or_path is None else 1e-6
+        args.learning_rate = 2e-4 if args.model_name_or_path is None else 1e-6
         if args.lora_r > 0:
             args.learning_rate *= 10
+    if args.beta is None:
+        args.beta = 1.0 if args.model_name_or_path is None else 0.1
+    check_args(args, world_size)
     run_dir = Path(args.resume or new_run_folder(args, rank))
     if rank == 0:
         print(run_dir)
@@ -1134,15 +1136,18 @@ def is_right(answer: str, row: dict) -> bool:
 
 
 def write_tiny_pairs(run_dir: Path, args: Args, device) -> None:
-    """Sample answers of the tiny model, and pair each right answer to a sum with a wrong one."""
+    """Sample answers of the tiny model, and pair right answers to a sum with wrong ones.
+
+    The longest come first, so that a wrong answer that shows its work meets a right one that does.
+    """
     model, tokenizer = load_model(str(run_dir / "sft"), args, device)
     splits = []
     for rows in addition_rows():
         prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
-        answers = sample_answers(args, model, tokenizer, prompts, num_answers=4)
+        answers = sample_answers(args, model, tokenizer, prompts, num_answers=16)
         pairs = []
         for i, row in enumerate(rows):
-            own = answers[4 * i : 4 * i + 4]
+            own = sorted(answers[16 * i : 16 * i + 16], key=len, reverse=True)
             right = [answer for answer in own if is_right(answer, row)]
             wrong = [answer for answer in own if not is_right(answer, row)]
             for chosen, rejected in zip(right, wrong):

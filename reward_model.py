@@ -34,8 +34,8 @@ nothing but length has the second.
     torchrun --nproc-per-node=8 reward_model.py ...   # 8 GPUs: the same batch, split by rankings
     python reward_model.py --resume runs/<run folder> # continue exactly from the last checkpoint
 
-The first takes about four minutes on two cores. Of two answers to a held-out sum, one right, one off
-by 1, it then prefers the right one in 0.98 of the pairs (before: 0.48; the longer one: 0.82).
+The first takes about four minutes on two cores. Of two answers to a held-out sum, one right and one
+off by 1, it then prefers the right one in 0.98 of the pairs (before: 0.48; the longer one: 0.82).
 
 Shapes: R rankings of a micro-batch, K answers of each, B = R K rows of L tokens: prompt and answer,
 H hidden size. Masks are True for answers that exist.
@@ -1028,12 +1028,12 @@ def write_tiny_model(folder: str, args: Args, device) -> None:
 
 
 def addition_pairs() -> list[list[dict]]:
-    """Six pairs for each sum: a right answer, mostly with its work, and one that is off by 1."""
+    """Twelve pairs for each sum: a right answer, mostly with its work, and one that is off by 1."""
     rng = random.Random(0)
     splits = []
     for rows in addition_rows():
         pairs = []
-        for row in rows * 6:
+        for row in rows * 12:
             a = int(row["prompt"][:2])
             b = int(row["prompt"][3:5])
             work = f"{a % 10}+{b % 10}={a % 10 + b % 10};"

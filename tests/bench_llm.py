@@ -176,9 +176,9 @@ class Stopwatch:
 
 
 def microbatch_flag(spec: dict) -> dict:
-    """The keyword of Args, where --max-tokens-per-microbatch was given."""
-    tokens = spec["max_tokens_per_microbatch"]
-    return {"max_tokens_per_microbatch": tokens} if tokens else {}
+    """The keywords of Args, where --micro-batch-size or, for ppo, --max-tokens-per-microbatch was given."""
+    names = ("max_tokens_per_microbatch", "micro_batch_size")
+    return {name: spec[name] for name in names if spec[name]}
 
 
 def grpo_ours(spec: dict, watch: Stopwatch) -> None:
@@ -370,13 +370,13 @@ def pairs_ours(spec: dict, watch: Stopwatch) -> None:
     script = dpo if spec["method"] == "dpo" else reward_model
     lr_factor = script.lr_factor
 
-    def watched_lr_factor(*args, **keywords):  # asked for once before training, and after each optimizer step
+    def watched_lr_factor(*args, **keywords):  # asked for once a step, before its update
         watch.next_step()
         watch.lengths = [spec["completion_length"]] * 2 * PAIRS
         return lr_factor(*args, **keywords)
 
     script.lr_factor = watched_lr_factor
-    steps = watch.steps_left + 1
+    steps = watch.steps_left + 2
     script.main(script.Args(
         model_name_or_path="model", dataset_name="pairs.jsonl", device=spec["device"], bf16=spec["bf16"],
         max_steps=steps, eval_steps=steps, save_steps=steps, max_eval_samples=PAIRS, learning_rate=LEARNING_RATE,
@@ -511,7 +511,8 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, help="tokens (default: 64, in dpo and reward 128)")
     parser.add_argument("--completion-length", type=int, default=64, help="tokens at most (in dpo and reward: exactly)")
     parser.add_argument("--share-value-backbone", action="store_true", help="ppo, our side only")
-    parser.add_argument("--max-tokens-per-microbatch", type=int, help="our side only (default: the script's)")
+    parser.add_argument("--max-tokens-per-microbatch", type=int, help="ppo, our side only (default: the script's)")
+    parser.add_argument("--micro-batch-size", type=int, help="not ppo, our side only (default: the script's)")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="the GPU's FLOP/s (default: H200, bf16)")
     parser.add_argument("--peak-bytes", type=float, default=4.8e12, help="the GPU's memory bytes/s (default: H200)")
@@ -577,7 +578,7 @@ def main() -> None:
         "precision": "bf16" if options.bf16 else "fp32", "peer": peer, "steps": options.steps,
         "prompt_length": options.prompt_length, "completion_length": options.completion_length,
         "num_generations": options.num_generations, "share_value_backbone": options.share_value_backbone,
-        "max_tokens_per_microbatch": options.max_tokens_per_microbatch,
+        "max_tokens_per_microbatch": options.max_tokens_per_microbatch, "micro_batch_size": options.micro_batch_size,
         "ratio": other and other["seconds"] / ours["seconds"],
         "ratio_per_token": other and other["token_ms"] / ours["token_ms"],  # the lengths differ a little by chance
         "memory_ratio": other and ours["peak_mb"] / other["peak_mb"],

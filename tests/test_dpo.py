@@ -164,19 +164,19 @@ def reference_folder(tmp_path_factory) -> str:
 
 def figures(model, reference, rows, args):
     """Mean loss, its gradient's norm and means of the other logged values, one pair at a time in plain Python."""
-    found, total = [], 0.0
+    found, total, beta = [], 0.0, 0.1 if args.beta is None else args.beta
     for pair in pairs_of(rows, args.max_length):
         (c, r), (ref_c, ref_r) = naive_logps(model, pair), (x.item() for x in naive_logps(reference, pair))
         is_mean = args.loss_type in ("ipo", "sigmoid_norm")
         n, m = (len(ids) if is_mean else 1 for ids in (pair.chosen_ids, pair.rejected_ids))
-        h, e = args.beta * ((c - ref_c) / n - (r - ref_r) / m), args.label_smoothing
+        h, e = beta * ((c - ref_c) / n - (r - ref_r) / m), args.label_smoothing
         right, wrong = (1 + (-h).exp()).log(), (1 + h.exp()).log()
         loss = {
             "robust": ((1 - e) * right - e * wrong) / (1 - 2 * e), "hinge": (1 - h).clamp(min=0),
-            "ipo": (h / args.beta - 0.5 / args.beta) ** 2,
+            "ipo": (h / beta - 0.5 / beta) ** 2,
         }.get(args.loss_type, (1 - e) * right + e * wrong)  # fmt: skip
         total = total + (loss - args.rpo_alpha * c / len(pair.chosen_ids)) / len(rows)
-        chosen, rejected = args.beta * (c - ref_c), args.beta * (r - ref_r)
+        chosen, rejected = beta * (c - ref_c), beta * (r - ref_r)
         tie = 0.5 if abs(chosen - rejected) < 1e-5 else float(chosen > rejected)
         found.append([chosen.item(), rejected.item(), (chosen - rejected).item(), tie, c.item(), r.item()])
     gradient = torch.autograd.grad(total, list(model.parameters()))
@@ -236,6 +236,8 @@ def test_the_learning_rate_follows_its_schedule_and_is_the_one_applied(run, mode
 def test_an_epoch_visits_each_pair_once_in_the_seeds_order(run):
     flags = {"max_steps": None, "num_train_epochs": 1.5, "train_batch_size": 4, "learning_rate": FROZEN}
     first, again, other = (run(seed=seed, **flags).tags["train/logps/chosen"] for seed in (1, 1, 2))
+    epochs = run(max_steps=3, train_batch_size=12, learning_rate=FROZEN).tags["train/epoch"]
+    assert epochs == [0.5, 1.0, 1.5]
     whole = run(max_steps=1, train_batch_size=24, learning_rate=FROZEN).tags["train/logps/chosen"][0]
     for logps in (first, other):
         assert len(logps) == 9 and sum(logps[:6]) / 6 == pytest.approx(whole, rel=1e-5) and logps[6:] != logps[:3]
