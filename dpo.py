@@ -102,7 +102,7 @@ class Args:
     max_eval_samples: int = 256  # held-out rows to evaluate on, the same for every seed
     bf16: tyro.conf.DisallowNone[bool | None] = None  # bf16 autocast, fp32 weights. None: on CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    micro_batch_size: int = 8  # sequences per pass of the update; affects memory and speed only
+    micro_batch_size: int = 8  # completions, pairs or rankings in one pass: memory and speed only
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to almost 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
@@ -216,191 +216,6 @@ class Pair:
     prompt_ids: list
     chosen_ids: list
     rejected_ids: list
-
-
-def uses_turns(rows: list[dict], tokenizer) -> bool:
-    """Whether rows hold turns: lists, or texts beside a prompt for a model with a template."""
-    for row in rows:
-        if "prompt" in row and tokenizer.chat_template is not None:
-            return True
-        if isinstance(row.get("prompt"), list) or isinstance(row.get("chosen"), list):
-            return True
-    return False
-
-
-def read_conversations(row: dict, answers: list) -> tuple[list[dict], list[list[dict]]]:
-    """The prompt, and each answer with its prompt, as lists of turns.
-
-    An answer begins with the assistant, or it is a whole conversation that contains the prompt.
-    The prompt that is returned is the beginning that all have in common.
-    """
-    prompt = []
-    if "prompt" in row:
-        prompt = as_turns(row["prompt"], "user")
-        if prompt[-1]["content"].strip() == "":
-            raise UserError("its prompt is empty")
-    wholes = []
-    for answer in answers:
-        turns = as_turns(answer, "assistant")
-        keys = turn_keys(turns)
-        if turns[-1]["content"].strip() == "":
-            raise UserError("an answer is empty")
-        if turns[0]["role"] == "assistant" and prompt:
-            turns = prompt + turns
-        elif turns[0]["role"] == "assistant" or not all(key in keys for key in turn_keys(prompt)):
-            raise UserError("an answer has no prompt, or another one than `prompt`")
-        wholes.append(turns)
-    first = turn_keys(wholes[0])
-    start = min(common_length(first, turn_keys(whole)) for whole in wholes)
-    prompt = wholes[0][:start]
-    return prompt, [prompt + whole[start:] for whole in wholes]
-
-
-def turn_keys(turns: list[dict]) -> list[tuple]:
-    """What is compared of turns: other fields, and spaces around a text, may differ."""
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
-
-
-def as_turns(value: str | list[dict], role: str) -> list[dict]:
-    """A list of turns {role, content}. A text becomes a turn of this role.
-
-    Fields that are None are left out: Parquet adds them where other turns have a value.
-    """
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"empty, or neither a text nor a list of turns: {value}")
-    turns = []
-    for turn in value:
-        is_turn = isinstance(turn, dict) and isinstance(turn.get("role"), str)
-        if not is_turn or not isinstance(turn.get("content"), str):
-            raise UserError(f"a turn has no role, or no text as its content: {turn}")
-        turns.append({name: part for name, part in turn.items() if part is not None})
-    return turns
-
-
-def read_texts(row: dict, answers: list) -> tuple[str, list[str]]:
-    """The prompt, and each answer with its prompt. Without `prompt` the answers are whole texts."""
-    for text in answers + [row.get("prompt", "-")]:
-        if not isinstance(text, str) or text.strip() == "":
-            raise UserError(f"its prompt or an answer is empty, or no text: {text!r}")
-    if "prompt" in row:
-        return row["prompt"], [row["prompt"] + answer for answer in answers]
-
-    # As TRL's extract_prompt: the last space belongs to the answers, and none of them is empty.
-    start = min(common_length(answers[0], answer) for answer in answers[1:])
-    if start == min(len(answer) for answer in answers):
-        start -= 1
-    elif answers[0][:start].endswith(" "):
-        start -= 1
-    if start == 0:
-        raise UserError("its answers have no common beginning, which would be the prompt")
-    return answers[0][:start], answers
-
-
-def common_length(first, second) -> int:
-    """The length of the longest common beginning of two lists or texts."""
-    length = 0
-    for x, y in zip(first, second):
-        if x != y:
-            break
-        length += 1
-    return length
-
-
-def render(turns: list[dict], row: dict, tokenizer, date_string: str, is_prompt: bool) -> str:
-    """The text that the chat template makes of turns."""
-    if tokenizer.chat_template is None:
-        raise UserError("turns need a model with a chat template")
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    options = {"tools": tools, "date_string": date_string}
-    if row.get("chat_template_kwargs") is not None:
-        options.update(row["chat_template_kwargs"])
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=is_prompt, tokenize=False, **options
-    )
-
-
-def tokenize(texts: list[str], has_turns: bool, tokenizer) -> list[list[int]]:
-    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text."""
-    if not texts:
-        return []
-    rows = tokenizer(texts, add_special_tokens=not has_turns).input_ids
-    for row in rows:
-        if not has_turns and tokenizer.eos_token_id not in (None, row[-1]):
-            row.append(tokenizer.eos_token_id)
-    return rows
-
-
-def check_label(row: dict) -> None:
-    if row.get("label") not in (None, 1):
-        raise UserError(f"its label is {row['label']}, but `chosen` must be the better answer")
-
-
-def render_pair(row: dict, has_turns: bool, tokenizer, date_string: str) -> list[str]:
-    """The prompt, and the prompt with the chosen and with the rejected answer, as texts."""
-    check_label(row)
-    answers = [row.get("chosen"), row.get("rejected")]
-    if not has_turns:
-        prompt, wholes = read_texts(row, answers)
-        return [prompt] + wholes
-    prompt, wholes = read_conversations(row, answers)
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise UserError("its answers are the same, or have no common prompt of a user")
-    texts = [render(prompt, row, tokenizer, date_string, is_prompt=True)]
-    for whole in wholes:
-        roles = {turn["role"] for turn in whole[len(prompt) :]}
-        if roles != {"assistant"}:  # turns of a user would be trained
-            raise UserError("an answer has turns of others than the assistant, or none of its own")
-        texts.append(render(whole, row, tokenizer, date_string, is_prompt=False))
-    return texts
-
-
-def make_pairs(rows, tokenizer, max_length: int, date_string: str, rank: int) -> list[Pair]:
-    """The rows that can be used, as tokens. What is left out or cut is counted in print."""
-    has_turns = uses_turns(rows, tokenizer)
-    texts = []  # three for each row in `numbers`
-    numbers = []
-    reasons = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            texts += render_pair(row, has_turns, tokenizer, date_string)
-            numbers.append(number)
-        except (UserError, TemplateError) as error:
-            reasons.append(f"row {number}: {error!r}")
-    ids = tokenize(texts, has_turns, tokenizer)
-
-    # A prompt ends where its ids and those of both whole texts part. That may be before its own
-    # end: an open prompt may end in `<think>`, where the answers have none; or a token may span the
-    # seam, as `=1` in `1+1=` + `12`.
-    pairs = []
-    num_cut = 0
-    for i, number in enumerate(numbers):
-        prompt_ids = ids[3 * i]
-        chosen_ids = ids[3 * i + 1]
-        rejected_ids = ids[3 * i + 2]
-        start = common_length(prompt_ids, chosen_ids)
-        start = min(start, common_length(prompt_ids, rejected_ids))
-        if start == 0 or start >= max_length:
-            reasons.append(f"row {number}: its prompt has 0 or more than {max_length} tokens")
-        elif chosen_ids[:max_length] == rejected_ids[:max_length]:
-            reasons.append(f"row {number}: its answers have the same first {max_length} tokens")
-        else:
-            if max(len(chosen_ids), len(rejected_ids)) > max_length:
-                num_cut += 1
-            pair = Pair(
-                prompt=texts[3 * i],
-                prompt_ids=prompt_ids[:start],
-                chosen_ids=chosen_ids[start:max_length],
-                rejected_ids=rejected_ids[start:max_length],
-            )
-            pairs.append(pair)
-    report_left_out(reasons, len(rows), rank)
-    if rank == 0:
-        print(f"{num_cut} of {len(pairs)} pairs have an answer that is cut at {max_length} tokens")
-    return pairs
 
 
 # ==================================================================================================
@@ -848,6 +663,193 @@ def separate(args: Args, train: list, held_out: list, rank: int) -> tuple[list, 
     if rank == 0:
         print(f"{counts}, with other prompts")
     return others, held_out
+
+
+def uses_turns(rows: list[dict], tokenizer) -> bool:
+    """Whether rows hold turns: lists, or texts beside a prompt for a model with a template."""
+    for row in rows:
+        if "prompt" in row and tokenizer.chat_template is not None:
+            return True
+        if isinstance(row.get("prompt"), list) or isinstance(row.get("chosen"), list):
+            return True
+    return False
+
+
+def read_conversations(row: dict, answers: list) -> tuple[list[dict], list[list[dict]]]:
+    """The prompt, and each answer with its prompt, as lists of turns.
+
+    An answer begins with the assistant, or it is a whole conversation that contains the prompt.
+    The prompt that is returned is the beginning that all have in common.
+    """
+    prompt = []
+    if "prompt" in row:
+        prompt = as_turns(row["prompt"], "user")
+        if prompt[-1]["content"].strip() == "":
+            raise UserError("its prompt is empty")
+    wholes = []
+    for answer in answers:
+        turns = as_turns(answer, "assistant")
+        if turns[-1]["content"].strip() == "":
+            raise UserError("an answer is empty")
+        if turns[0]["role"] == "assistant":
+            turns = prompt + turns
+        keys = turn_keys(turns)
+        starts = range(len(keys))
+        is_inside = any(keys[i : i + len(prompt)] == turn_keys(prompt) for i in starts)
+        if turns[0]["role"] == "assistant" or not is_inside:
+            raise UserError("an answer has no prompt, or another one than `prompt`")
+        wholes.append(turns)
+    first = turn_keys(wholes[0])
+    start = min(common_length(first, turn_keys(whole)) for whole in wholes)
+    prompt = wholes[0][:start]
+    return prompt, [prompt + whole[start:] for whole in wholes]
+
+
+def turn_keys(turns: list[dict]) -> list[tuple]:
+    """What is compared of turns: other fields, and spaces around a text, may differ."""
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def as_turns(value: str | list[dict], role: str) -> list[dict]:
+    """A list of turns {role, content}. A text becomes a turn of this role.
+
+    Fields that are None are left out: Parquet adds them where other turns have a value.
+    """
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"empty, or neither a text nor a list of turns: {value}")
+    turns = []
+    for turn in value:
+        is_turn = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        if not is_turn or not isinstance(turn.get("content"), str):
+            raise UserError(f"a turn has no role, or no text as its content: {turn}")
+        turns.append({name: part for name, part in turn.items() if part is not None})
+    return turns
+
+
+def read_texts(row: dict, answers: list) -> tuple[str, list[str]]:
+    """The prompt, and each answer with its prompt. Without `prompt` the answers are whole texts."""
+    for text in answers + [row.get("prompt", "-")]:
+        if not isinstance(text, str) or text.strip() == "":
+            raise UserError(f"its prompt or an answer is empty, or no text: {text!r}")
+    if "prompt" in row:
+        return row["prompt"], [row["prompt"] + answer for answer in answers]
+
+    # As TRL's extract_prompt: the last space belongs to the answers, and none of them is empty.
+    start = min(common_length(answers[0], answer) for answer in answers[1:])
+    if start == min(len(answer) for answer in answers):
+        start -= 1
+    elif answers[0][:start].endswith(" "):
+        start -= 1
+    if start == 0:
+        raise UserError("its answers have no common beginning, which would be the prompt")
+    return answers[0][:start], answers
+
+
+def common_length(first, second) -> int:
+    """The length of the longest common beginning of two lists or texts."""
+    length = 0
+    for x, y in zip(first, second):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def render(turns: list[dict], row: dict, tokenizer, date_string: str, is_prompt: bool) -> str:
+    """The text that the chat template makes of turns."""
+    if tokenizer.chat_template is None:
+        raise UserError("turns need a model with a chat template")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    options = {"tools": tools, "date_string": date_string}
+    if row.get("chat_template_kwargs") is not None:
+        options.update(row["chat_template_kwargs"])
+    return tokenizer.apply_chat_template(
+        turns, add_generation_prompt=is_prompt, tokenize=False, **options
+    )
+
+
+def tokenize(texts: list[str], has_turns: bool, tokenizer) -> list[list[int]]:
+    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text."""
+    if not texts:
+        return []
+    rows = tokenizer(texts, add_special_tokens=not has_turns).input_ids
+    for row in rows:
+        if not has_turns and tokenizer.eos_token_id not in (None, row[-1]):
+            row.append(tokenizer.eos_token_id)
+    return rows
+
+
+def check_label(row: dict) -> None:
+    if row.get("label") not in (None, 1):
+        raise UserError(f"its label is {row['label']}, but `chosen` must be the better answer")
+
+
+def render_pair(row: dict, has_turns: bool, tokenizer, date_string: str) -> list[str]:
+    """The prompt, and the prompt with the chosen and with the rejected answer, as texts."""
+    check_label(row)
+    answers = [row.get("chosen"), row.get("rejected")]
+    if not has_turns:
+        prompt, wholes = read_texts(row, answers)
+        return [prompt] + wholes
+    prompt, wholes = read_conversations(row, answers)
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise UserError("its answers are the same, or have no common prompt of a user")
+    texts = [render(prompt, row, tokenizer, date_string, is_prompt=True)]
+    for whole in wholes:
+        roles = {turn["role"] for turn in whole[len(prompt) :]}
+        if roles != {"assistant"}:  # turns of a user would be trained
+            raise UserError("an answer has turns of others than the assistant, or none of its own")
+        texts.append(render(whole, row, tokenizer, date_string, is_prompt=False))
+    return texts
+
+
+def make_pairs(rows, tokenizer, max_length: int, date_string: str, rank: int) -> list[Pair]:
+    """The rows that can be used, as tokens. What is left out or cut is counted in print."""
+    has_turns = uses_turns(rows, tokenizer)
+    texts = []  # three for each row in `numbers`
+    numbers = []
+    reasons = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            texts += render_pair(row, has_turns, tokenizer, date_string)
+            numbers.append(number)
+        except (UserError, TemplateError) as error:
+            reasons.append(f"row {number}: {error!r}")
+    ids = tokenize(texts, has_turns, tokenizer)
+
+    # A prompt ends where its ids and those of both whole texts part. That may be before its own
+    # end: an open prompt may end in `<think>`, where the answers have none; or a token may span the
+    # seam, as `=1` in `1+1=` + `12`.
+    pairs = []
+    num_cut = 0
+    for i, number in enumerate(numbers):
+        prompt_ids = ids[3 * i]
+        chosen_ids = ids[3 * i + 1]
+        rejected_ids = ids[3 * i + 2]
+        start = common_length(prompt_ids, chosen_ids)
+        start = min(start, common_length(prompt_ids, rejected_ids))
+        if start == 0 or start >= max_length:
+            reasons.append(f"row {number}: its prompt has 0 or more than {max_length} tokens")
+        elif chosen_ids[:max_length] == rejected_ids[:max_length]:
+            reasons.append(f"row {number}: its answers have the same first {max_length} tokens")
+        else:
+            if max(len(chosen_ids), len(rejected_ids)) > max_length:
+                num_cut += 1
+            pair = Pair(
+                prompt=texts[3 * i],
+                prompt_ids=prompt_ids[:start],
+                chosen_ids=chosen_ids[start:max_length],
+                rejected_ids=rejected_ids[start:max_length],
+            )
+            pairs.append(pair)
+    report_left_out(reasons, len(rows), rank)
+    if rank == 0:
+        print(f"{num_cut} of {len(pairs)} pairs have an answer that is cut at {max_length} tokens")
+    return pairs
 
 
 def load_pairs(args: Args, tokenizer, config, run_dir: Path, date_string: str, rank: int):

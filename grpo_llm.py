@@ -49,7 +49,7 @@ DAPO's, and GSPO's equals GRPO's. Only --num-iterations 2 or more makes them dif
 The first takes about two minutes on two cores. Sampled accuracy on held-out sums rises from 0.45 to
 0.98, greedy accuracy from 0.56 to 1.00 (means of seeds 301 to 303).
 
-Shapes: P prompts of this process, G completions of each, A completions that are still being
+Shapes: P prompts of this process, G completions of each, C completions that are still being
 generated, B completions of a micro-batch, L prompt tokens, T completion tokens, N completion tokens
 of a whole micro-batch, V vocabulary. logprobs[:, t] belongs to token t of the completion. Masks are
 True for tokens that count. The last token of a completion is its stop token, unless it was cut off.
@@ -116,7 +116,7 @@ class Args:
     max_eval_samples: int = 256  # held-out rows to evaluate on, the same for every seed
     bf16: tyro.conf.DisallowNone[bool | None] = None  # bf16 autocast, fp32 weights. None: on CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    micro_batch_size: int = 8  # sequences per pass of the update; affects memory and speed only
+    micro_batch_size: int = 8  # completions, pairs or rankings in one pass: memory and speed only
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to almost 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
@@ -414,22 +414,22 @@ def score(
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Tokens (A,) drawn from softmax(logits (A, V) / temperature); the best if temperature is 0.
+    """Tokens (C,) drawn from softmax(logits (C, V) / temperature); the best if temperature is 0.
 
-    Inverts the cumulative distribution at uniform (A,), so a draw does not depend on the rest of
+    Inverts the cumulative distribution at uniform (C,), so a draw does not depend on the rest of
     the batch. fp64 keeps the tail of a large vocabulary.
     """
     if temperature == 0:
         return logits.argmax(1)
-    probs = (logits.float() / temperature).softmax(1)  # (A, V)
-    cdf = probs.double().cumsum(1)  # (A, V)
-    total = cdf[:, -1:]  # (A, 1), 1 up to rounding
-    if total.isnan().any():
+    probs = (logits.float() / temperature).softmax(1)  # (C, V)
+    cdf = probs.double().cumsum(1)  # (C, V)
+    mass = cdf[:, -1:]  # (C, 1), 1 up to rounding
+    if mass.isnan().any():
         raise UserError(
             "the model's logits are not numbers: lower --learning-rate, or use --no-bf16"
         )
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    goal = torch.minimum(uniform.unsqueeze(1) * total, below_total)  # (A, 1)
+    below_mass = torch.nextafter(mass, torch.zeros_like(mass))
+    goal = torch.minimum(uniform.unsqueeze(1) * mass, below_mass)  # (C, 1)
     return torch.searchsorted(cdf, goal, right=True).squeeze(1)
 
 
@@ -448,7 +448,7 @@ def generate(
     uniform = uniform.flatten(0, 1).to(device)  # (P * G, T)
     stop = torch.tensor(stop_ids, device=device)
     completions = [[] for _ in range(num_prompts * num_generations)]
-    active = torch.arange(len(completions), device=device)  # (A,), the completions that go on
+    active = torch.arange(len(completions), device=device)  # (C,), the completions that go on
     cache = DynamicCache(config=model.config)
     input_ids, mask = pad_left(prompts, device)  # (P, L)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # (P, L)
@@ -460,19 +460,19 @@ def generate(
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]  # (A, V); at t = 0 (P, V)
+        ).logits[:, -1]  # (C, V); at t = 0 (P, V)
         if t == 0:  # each prompt was read once: repeat it for its completions
-            source = active // num_generations  # (A,)
+            source = active // num_generations  # (C,)
             cache.reorder_cache(source)
-            logits = logits[source]  # (A, V)
-            mask = mask[source]  # (A, L)
-            position_ids = position_ids[source, -1:]  # (A, 1)
-        tokens = pick_tokens(logits, uniform[active, t], temperature)  # (A,)
+            logits = logits[source]  # (C, V)
+            mask = mask[source]  # (C, L)
+            position_ids = position_ids[source, -1:]  # (C, 1)
+        tokens = pick_tokens(logits, uniform[active, t], temperature)  # (C,)
         for i, token in zip(active.tolist(), tokens.tolist()):
             completions[i].append(token)
 
         # Completions leave the batch when they end.
-        goes_on = ~torch.isin(tokens, stop)  # (A,)
+        goes_on = ~torch.isin(tokens, stop)  # (C,)
         if not goes_on.any():
             break
         if not goes_on.all():
@@ -482,9 +482,9 @@ def generate(
             tokens = tokens[kept]
             mask = mask[kept]
             position_ids = position_ids[kept]
-        input_ids = tokens.unsqueeze(1)  # (A, 1)
-        position_ids = position_ids + 1  # (A, 1)
-        mask = nn.functional.pad(mask, (0, 1), value=1)  # (A, L + t + 1)
+        input_ids = tokens.unsqueeze(1)  # (C, 1)
+        position_ids = position_ids + 1  # (C, 1)
+        mask = nn.functional.pad(mask, (0, 1), value=1)  # (C, L + t + 1)
     return completions
 
 

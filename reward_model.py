@@ -99,7 +99,7 @@ class Args:
     max_eval_samples: int = 256  # held-out rows to evaluate on, the same for every seed
     bf16: tyro.conf.DisallowNone[bool | None] = None  # bf16 autocast, fp32 weights. None: on CUDA
     gradient_checkpointing: bool = False  # recompute activations to save memory
-    micro_batch_size: int = 8  # sequences per pass of the update; affects memory and speed only
+    micro_batch_size: int = 8  # completions, pairs or rankings in one pass: memory and speed only
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # decay to almost 0
     warmup_steps: int = 0  # optimizer steps of linear warmup
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
@@ -198,185 +198,6 @@ class Ranking:
     margin: float
 
 
-def uses_turns(rows: list[dict], tokenizer) -> bool:
-    """Whether rows hold turns: lists, or texts beside a prompt for a model with a template."""
-    for row in rows:
-        if "prompt" in row and tokenizer.chat_template is not None:
-            return True
-        if isinstance(row.get("prompt"), list) or isinstance(row.get("chosen"), list):
-            return True
-    return False
-
-
-def read_conversations(row: dict, answers: list) -> tuple[list[dict], list[list[dict]]]:
-    """The prompt, and each answer with its prompt, as lists of turns.
-
-    An answer begins with the assistant, or it is a whole conversation that contains the prompt.
-    The prompt that is returned is the beginning that all have in common.
-    """
-    prompt = []
-    if "prompt" in row:
-        prompt = as_turns(row["prompt"], "user")
-        if prompt[-1]["content"].strip() == "":
-            raise UserError("its prompt is empty")
-    wholes = []
-    for answer in answers:
-        turns = as_turns(answer, "assistant")
-        keys = turn_keys(turns)
-        if turns[-1]["content"].strip() == "":
-            raise UserError("an answer is empty")
-        if turns[0]["role"] == "assistant" and prompt:
-            turns = prompt + turns
-        elif turns[0]["role"] == "assistant" or not all(key in keys for key in turn_keys(prompt)):
-            raise UserError("an answer has no prompt, or another one than `prompt`")
-        wholes.append(turns)
-    first = turn_keys(wholes[0])
-    start = min(common_length(first, turn_keys(whole)) for whole in wholes)
-    prompt = wholes[0][:start]
-    return prompt, [prompt + whole[start:] for whole in wholes]
-
-
-def turn_keys(turns: list[dict]) -> list[tuple]:
-    """What is compared of turns: other fields, and spaces around a text, may differ."""
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
-
-
-def as_turns(value: str | list[dict], role: str) -> list[dict]:
-    """A list of turns {role, content}. A text becomes a turn of this role.
-
-    Fields that are None are left out: Parquet adds them where other turns have a value.
-    """
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"empty, or neither a text nor a list of turns: {value}")
-    turns = []
-    for turn in value:
-        is_turn = isinstance(turn, dict) and isinstance(turn.get("role"), str)
-        if not is_turn or not isinstance(turn.get("content"), str):
-            raise UserError(f"a turn has no role, or no text as its content: {turn}")
-        turns.append({name: part for name, part in turn.items() if part is not None})
-    return turns
-
-
-def read_texts(row: dict, answers: list) -> tuple[str, list[str]]:
-    """The prompt, and each answer with its prompt. Without `prompt` the answers are whole texts."""
-    for text in answers + [row.get("prompt", "-")]:
-        if not isinstance(text, str) or text.strip() == "":
-            raise UserError(f"its prompt or an answer is empty, or no text: {text!r}")
-    if "prompt" in row:
-        return row["prompt"], [row["prompt"] + answer for answer in answers]
-
-    # As TRL's extract_prompt: the last space belongs to the answers, and none of them is empty.
-    start = min(common_length(answers[0], answer) for answer in answers[1:])
-    if start == min(len(answer) for answer in answers):
-        start -= 1
-    elif answers[0][:start].endswith(" "):
-        start -= 1
-    if start == 0:
-        raise UserError("its answers have no common beginning, which would be the prompt")
-    return answers[0][:start], answers
-
-
-def common_length(first, second) -> int:
-    """The length of the longest common beginning of two lists or texts."""
-    length = 0
-    for x, y in zip(first, second):
-        if x != y:
-            break
-        length += 1
-    return length
-
-
-def render(turns: list[dict], row: dict, tokenizer, date_string: str, is_prompt: bool) -> str:
-    """The text that the chat template makes of turns."""
-    if tokenizer.chat_template is None:
-        raise UserError("turns need a model with a chat template")
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    options = {"tools": tools, "date_string": date_string}
-    if row.get("chat_template_kwargs") is not None:
-        options.update(row["chat_template_kwargs"])
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=is_prompt, tokenize=False, **options
-    )
-
-
-def tokenize(texts: list[str], has_turns: bool, tokenizer) -> list[list[int]]:
-    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text."""
-    if not texts:
-        return []
-    rows = tokenizer(texts, add_special_tokens=not has_turns).input_ids
-    for row in rows:
-        if not has_turns and tokenizer.eos_token_id not in (None, row[-1]):
-            row.append(tokenizer.eos_token_id)
-    return rows
-
-
-def check_label(row: dict) -> None:
-    if row.get("label") not in (None, 1):
-        raise UserError(f"its label is {row['label']}, but `chosen` must be the better answer")
-
-
-def render_ranking(
-    row: dict, has_turns: bool, tokenizer, date_string: str
-) -> tuple[str, list[str]]:
-    """The prompt, and the texts of the answers with their prompt, best first."""
-    check_label(row)
-    answers = row.get("completions")
-    if answers is None:
-        answers = [row.get("chosen"), row.get("rejected")]
-    margin = row.get("margin")
-    if not isinstance(answers, list) or len(answers) < 2:
-        raise UserError("it has fewer than two answers")
-    if margin is not None and (type(margin) not in (int, float) or not math.isfinite(margin)):
-        raise UserError(f"its margin is no number: {margin}")
-    if margin is not None and len(answers) > 2:
-        raise UserError("it has a margin, but more than two answers")
-    if not has_turns:
-        return read_texts(row, answers)
-    prompt, wholes = read_conversations(row, answers)
-    texts = [render(whole, row, tokenizer, date_string, is_prompt=False) for whole in wholes]
-    return str(prompt), texts
-
-
-def make_rankings(
-    rows: list[dict], tokenizer, max_length: int, date_string: str, rank: int
-) -> list[Ranking]:
-    """The rows that can be used, as tokens. What is left out is counted in print."""
-    has_turns = uses_turns(rows, tokenizer)
-    texts = []
-    rankings = []
-    numbers = []
-    reasons = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            prompt, answers = render_ranking(row, has_turns, tokenizer, date_string)
-        except (UserError, TemplateError) as error:
-            reasons.append(f"row {number}: {error!r}")
-            continue
-        margin = 0.0 if row.get("margin") is None else float(row["margin"])
-        rankings.append(Ranking(prompt, answers, margin))
-        numbers.append(number)
-        texts += answers
-    ids = tokenize(texts, has_turns, tokenizer)
-    kept = []
-    start = 0
-    for number, ranking in zip(numbers, rankings, strict=True):
-        end = start + len(ranking.answers)
-        ranking.answers = ids[start:end]
-        start = end
-        if max(len(answer) for answer in ranking.answers) > max_length:
-            reasons.append(f"row {number}: an answer ends after --max-length {max_length} tokens")
-        elif any(answer in ranking.answers[:k] for k, answer in enumerate(ranking.answers)):
-            reasons.append(f"row {number}: two of its answers are the same")
-        else:
-            kept.append(ranking)
-    report_left_out(reasons, len(rows), rank)
-    return kept
-
-
 # ==================================================================================================
 # Scores
 # ==================================================================================================
@@ -410,17 +231,22 @@ def score_answers(args: Args, model, answers: list[list[int]]) -> Tensor:
 # ==================================================================================================
 
 
-def ranking_losses(args: Args, model, rankings: list[Ranking]):
-    """The mean loss of rankings, all of two answers or all of more; and lists of what is logged."""
+def score_rankings(args: Args, model, rankings: list[Ranking]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, lengths in tokens, and mask (R, K) of the answers to rankings; 0 where is none."""
     answers = []
     for ranking in rankings:
         answers += ranking.answers
-    flat_scores = score_answers(args, model, answers)  # (B,)
     sizes = [len(ranking.answers) for ranking in rankings]
     lengths = torch.tensor([float(len(answer)) for answer in answers], device=model.device)  # (B,)
-    scores = pad_sequence(flat_scores.split(sizes), batch_first=True)  # (R, K)
+    scores = score_answers(args, model, answers)  # (B,)
+    scores = pad_sequence(scores.split(sizes), batch_first=True)  # (R, K)
     lengths = pad_sequence(lengths.split(sizes), batch_first=True)  # (R, K)
-    mask = lengths > 0  # (R, K)
+    return scores, lengths, lengths > 0
+
+
+def ranking_losses(args: Args, model, rankings: list[Ranking]) -> tuple[Tensor, dict[str, list]]:
+    """The mean loss of rankings, all of two answers or all of more; and lists of what is logged."""
+    scores, lengths, mask = score_rankings(args, model, rankings)  # (R, K) each
     if scores.shape[1] == 2:
         margins = torch.tensor([ranking.margin for ranking in rankings], device=model.device)
         loss = bradley_terry_loss(scores[:, 0], scores[:, 1], margins)
@@ -437,7 +263,7 @@ def ranking_losses(args: Args, model, rankings: list[Ranking]):
         "accuracy": share_right(leads[is_pair]),
         "accuracy_longer": share_right(length_leads[is_pair]),
         "margin": leads[is_pair].tolist(),
-        "mean_reward": flat_scores.tolist(),
+        "mean_reward": scores[mask].tolist(),
     }
     return loss, stats
 
@@ -724,6 +550,187 @@ def separate(args: Args, train: list, held_out: list, rank: int) -> tuple[list, 
     if rank == 0:
         print(f"{counts}, with other prompts")
     return others, held_out
+
+
+def uses_turns(rows: list[dict], tokenizer) -> bool:
+    """Whether rows hold turns: lists, or texts beside a prompt for a model with a template."""
+    for row in rows:
+        if "prompt" in row and tokenizer.chat_template is not None:
+            return True
+        if isinstance(row.get("prompt"), list) or isinstance(row.get("chosen"), list):
+            return True
+    return False
+
+
+def read_conversations(row: dict, answers: list) -> tuple[list[dict], list[list[dict]]]:
+    """The prompt, and each answer with its prompt, as lists of turns.
+
+    An answer begins with the assistant, or it is a whole conversation that contains the prompt.
+    The prompt that is returned is the beginning that all have in common.
+    """
+    prompt = []
+    if "prompt" in row:
+        prompt = as_turns(row["prompt"], "user")
+        if prompt[-1]["content"].strip() == "":
+            raise UserError("its prompt is empty")
+    wholes = []
+    for answer in answers:
+        turns = as_turns(answer, "assistant")
+        if turns[-1]["content"].strip() == "":
+            raise UserError("an answer is empty")
+        if turns[0]["role"] == "assistant":
+            turns = prompt + turns
+        keys = turn_keys(turns)
+        starts = range(len(keys))
+        is_inside = any(keys[i : i + len(prompt)] == turn_keys(prompt) for i in starts)
+        if turns[0]["role"] == "assistant" or not is_inside:
+            raise UserError("an answer has no prompt, or another one than `prompt`")
+        wholes.append(turns)
+    first = turn_keys(wholes[0])
+    start = min(common_length(first, turn_keys(whole)) for whole in wholes)
+    prompt = wholes[0][:start]
+    return prompt, [prompt + whole[start:] for whole in wholes]
+
+
+def turn_keys(turns: list[dict]) -> list[tuple]:
+    """What is compared of turns: other fields, and spaces around a text, may differ."""
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def as_turns(value: str | list[dict], role: str) -> list[dict]:
+    """A list of turns {role, content}. A text becomes a turn of this role.
+
+    Fields that are None are left out: Parquet adds them where other turns have a value.
+    """
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"empty, or neither a text nor a list of turns: {value}")
+    turns = []
+    for turn in value:
+        is_turn = isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        if not is_turn or not isinstance(turn.get("content"), str):
+            raise UserError(f"a turn has no role, or no text as its content: {turn}")
+        turns.append({name: part for name, part in turn.items() if part is not None})
+    return turns
+
+
+def read_texts(row: dict, answers: list) -> tuple[str, list[str]]:
+    """The prompt, and each answer with its prompt. Without `prompt` the answers are whole texts."""
+    for text in answers + [row.get("prompt", "-")]:
+        if not isinstance(text, str) or text.strip() == "":
+            raise UserError(f"its prompt or an answer is empty, or no text: {text!r}")
+    if "prompt" in row:
+        return row["prompt"], [row["prompt"] + answer for answer in answers]
+
+    # As TRL's extract_prompt: the last space belongs to the answers, and none of them is empty.
+    start = min(common_length(answers[0], answer) for answer in answers[1:])
+    if start == min(len(answer) for answer in answers):
+        start -= 1
+    elif answers[0][:start].endswith(" "):
+        start -= 1
+    if start == 0:
+        raise UserError("its answers have no common beginning, which would be the prompt")
+    return answers[0][:start], answers
+
+
+def common_length(first, second) -> int:
+    """The length of the longest common beginning of two lists or texts."""
+    length = 0
+    for x, y in zip(first, second):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def render(turns: list[dict], row: dict, tokenizer, date_string: str, is_prompt: bool) -> str:
+    """The text that the chat template makes of turns."""
+    if tokenizer.chat_template is None:
+        raise UserError("turns need a model with a chat template")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    options = {"tools": tools, "date_string": date_string}
+    if row.get("chat_template_kwargs") is not None:
+        options.update(row["chat_template_kwargs"])
+    return tokenizer.apply_chat_template(
+        turns, add_generation_prompt=is_prompt, tokenize=False, **options
+    )
+
+
+def tokenize(texts: list[str], has_turns: bool, tokenizer) -> list[list[int]]:
+    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text."""
+    if not texts:
+        return []
+    rows = tokenizer(texts, add_special_tokens=not has_turns).input_ids
+    for row in rows:
+        if not has_turns and tokenizer.eos_token_id not in (None, row[-1]):
+            row.append(tokenizer.eos_token_id)
+    return rows
+
+
+def check_label(row: dict) -> None:
+    if row.get("label") not in (None, 1):
+        raise UserError(f"its label is {row['label']}, but `chosen` must be the better answer")
+
+
+def render_ranking(
+    row: dict, has_turns: bool, tokenizer, date_string: str
+) -> tuple[str, list[str]]:
+    """The prompt, and the texts of the answers with their prompt, best first."""
+    check_label(row)
+    answers = row.get("completions")
+    if answers is None:
+        answers = [row.get("chosen"), row.get("rejected")]
+    margin = row.get("margin")
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise UserError("it has fewer than two answers")
+    if margin is not None and (type(margin) not in (int, float) or not math.isfinite(margin)):
+        raise UserError(f"its margin is no number: {margin}")
+    if margin is not None and len(answers) > 2:
+        raise UserError("it has a margin, but more than two answers")
+    if not has_turns:
+        return read_texts(row, answers)
+    prompt, wholes = read_conversations(row, answers)
+    texts = [render(whole, row, tokenizer, date_string, is_prompt=False) for whole in wholes]
+    return str(prompt), texts
+
+
+def make_rankings(
+    rows: list[dict], tokenizer, max_length: int, date_string: str, rank: int
+) -> list[Ranking]:
+    """The rows that can be used, as tokens. What is left out is counted in print."""
+    has_turns = uses_turns(rows, tokenizer)
+    texts = []
+    rankings = []
+    numbers = []
+    reasons = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            prompt, answers = render_ranking(row, has_turns, tokenizer, date_string)
+        except (UserError, TemplateError) as error:
+            reasons.append(f"row {number}: {error!r}")
+            continue
+        margin = 0.0 if row.get("margin") is None else float(row["margin"])
+        rankings.append(Ranking(prompt, answers, margin))
+        numbers.append(number)
+        texts += answers
+    ids = tokenize(texts, has_turns, tokenizer)
+    kept = []
+    start = 0
+    for number, ranking in zip(numbers, rankings, strict=True):
+        end = start + len(ranking.answers)
+        ranking.answers = ids[start:end]
+        start = end
+        if max(len(answer) for answer in ranking.answers) > max_length:
+            reasons.append(f"row {number}: an answer ends after --max-length {max_length} tokens")
+        elif any(answer in ranking.answers[:k] for k, answer in enumerate(ranking.answers)):
+            reasons.append(f"row {number}: two of its answers are the same")
+        else:
+            kept.append(ranking)
+    report_left_out(reasons, len(rows), rank)
+    return kept
 
 
 def load_rankings(args: Args, model, tokenizer, date_string: str, rank: int):
