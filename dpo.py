@@ -119,9 +119,8 @@ class Args:
     train_batch_size: int = 64  # pairs per optimizer step, across all processes
     max_length: int = 1024  # tokens of prompt and answer. Longer answers lose their end
     beta: float | None = None  # weight of the KL penalty; more per token. None: 0.1, tiny model 1
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = (
-        "sigmoid"  # see the top
-    )
+    # the loss of a pair, see the top of this file
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "robust", "hinge"] = "sigmoid"
     label_smoothing: float = 0.0  # assumed share of wrong labels, below 0.5 (sigmoids and robust)
     rpo_alpha: float = 0.0  # weight of the chosen answers' negative log-likelihood per token
 
@@ -320,10 +319,12 @@ def pair_losses(args: Args, model, pairs: list[Pair], ref_logps: Tensor):
     )
     margins = chosen_rewards - rejected_rewards  # (R,)
 
-    # Margins of 0 up to the rounding of the log-probabilities are ties, and count half.
+    # A margin of 0 up to the rounding of the log-probabilities is a tie, which counts half. The
+    # errors of T tokens are independent, so their sum grows with the square root of T.
     precision = torch.bfloat16 if args.bf16 else torch.float32
-    rounding = args.beta * torch.finfo(precision).eps * logps.detach().abs().sum(1)  # (R,)
-    accuracies = torch.where(margins.abs() <= rounding, 0.5, (margins > 0).float())  # (R,)
+    rounding = torch.finfo(precision).eps * logps.detach().abs() / lengths.sqrt()  # (R, 2)
+    is_tie = margins.abs() <= args.beta * rounding.sum(1)  # (R,)
+    accuracies = torch.where(is_tie, 0.5, (margins > 0).float())  # (R,)
     stats = {
         "loss": losses.detach(),
         "rewards/chosen": chosen_rewards,
@@ -847,7 +848,7 @@ def make_pairs(rows, tokenizer, max_length: int, date_string: str, rank: int) ->
             )
             pairs.append(pair)
     report_left_out(reasons, len(rows), rank)
-    if rank == 0:
+    if num_cut > 0 and rank == 0:
         print(f"{num_cut} of {len(pairs)} pairs have an answer that is cut at {max_length} tokens")
     return pairs
 
@@ -858,10 +859,10 @@ def load_pairs(args: Args, tokenizer, config, run_dir: Path, date_string: str, r
         train_rows, test_rows = json.loads((run_dir / "pairs.json").read_text())
     else:
         train_rows, test_rows = load_rows(args)
-    if "margin" in train_rows[0]:
-        raise UserError("--dataset-name has a `margin`, which DPO does not use: remove the column")
     used = ("prompt", "chosen", "rejected", "label", "tools", "chat_template_kwargs")
     check_columns(train_rows, used, rank)
+    if "margin" in train_rows[0]:
+        raise UserError("--dataset-name has a `margin`, which DPO does not use: remove the column")
     context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     max_length = min(args.max_length, context)
     train = make_pairs(train_rows, tokenizer, max_length, date_string, rank)

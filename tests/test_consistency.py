@@ -89,7 +89,8 @@ def test_every_flag_is_read_and_documented(script):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }  # fmt: skip
     for flag in definition.body[1:]:  # after the docstring
-        text = SOURCES[script].splitlines()[flag.lineno - 1].partition("  # ")[2]
+        above, line = SOURCES[script].splitlines()[flag.lineno - 2 : flag.lineno]
+        text = line.partition("  # ")[2] or above.partition("    # ")[2]
         assert len(text) > 10, f"--{flag.target.id} has no help text"
         assert flag.target.id in read, f"no line of {script}.py reads --{flag.target.id}"
 
