@@ -79,7 +79,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 VERSION = "dpo.py 0.3.0"  # --resume refuses the runs of other scripts and versions
-MAX_ANSWER = 64  # tokens of the sample texts
 
 
 @dataclass
@@ -358,7 +357,7 @@ def evaluate(
     if args.model_name_or_path is None:
         _, sums = addition_rows()
         prompts = [tokenizer(row["prompt"]).input_ids for row in sums]
-        answers = sample_answers(args, model, tokenizer, prompts, num_answers=1)
+        answers = sample_answers(args, model, tokenizer, prompts, num_answers=1, max_tokens=16)
         for row, answer in zip(sums, answers, strict=True):
             values["eval/accuracy"].append(is_right(answer, row))
     metrics = means(gather(values))
@@ -366,14 +365,16 @@ def evaluate(
         write_logs(writer, metrics, step)
         shown = [pairs[i] for i in indices[:8]]
         prompts = [pair.prompt_ids for pair in shown]
-        answers = sample_answers(args, model, tokenizer, prompts, num_answers=1)
+        answers = sample_answers(args, model, tokenizer, prompts, num_answers=1, max_tokens=64)
         texts = [pair.prompt + answer for pair, answer in zip(shown, answers, strict=True)]
         writer.add_text("samples", "\n\n".join(texts), step)
     return metrics
 
 
 @torch.no_grad()
-def sample_answers(args: Args, model, tokenizer, prompts: list[list[int]], num_answers: int):
+def sample_answers(
+    args: Args, model, tokenizer, prompts: list[list[int]], num_answers: int, max_tokens: int
+) -> list[str]:
     """Texts, num_answers for each prompt, sampled at temperature 1. The same for each call."""
     model.eval()
     torch.manual_seed(named_seed(args.seed, "answers", 0))  # training draws none
@@ -389,7 +390,7 @@ def sample_answers(args: Args, model, tokenizer, prompts: list[list[int]], num_a
                 top_k=0,
                 top_p=1.0,
                 num_return_sequences=num_answers,
-                max_new_tokens=MAX_ANSWER,
+                max_new_tokens=max_tokens,
                 pad_token_id=tokenizer.eos_token_id,
             )
         answers += tokenizer.batch_decode(ids[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -1141,19 +1142,20 @@ def is_right(answer: str, row: dict) -> bool:
 def write_tiny_pairs(run_dir: Path, args: Args, device) -> None:
     """Sample answers of the tiny model, and pair right answers to a sum with wrong ones.
 
-    The longest come first, so that a wrong answer that shows its work meets a right one that does.
+    Of 32 answers, the longest make at most 4 pairs: wrong answers that show their work are rare,
+    but the only ones to teach that work must also be right.
     """
     model, tokenizer = load_model(str(run_dir / "sft"), args, device)
     splits = []
     for rows in addition_rows():
         prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
-        answers = sample_answers(args, model, tokenizer, prompts, num_answers=16)
+        answers = sample_answers(args, model, tokenizer, prompts, num_answers=32, max_tokens=16)
         pairs = []
         for i, row in enumerate(rows):
-            own = sorted(answers[16 * i : 16 * i + 16], key=len, reverse=True)
+            own = sorted(answers[32 * i : 32 * i + 32], key=len, reverse=True)
             right = [answer for answer in own if is_right(answer, row)]
             wrong = [answer for answer in own if not is_right(answer, row)]
-            for chosen, rejected in zip(right, wrong):
+            for chosen, rejected in zip(right[:4], wrong):
                 pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
         splits.append(pairs)
     (run_dir / "pairs.json").write_text(json.dumps(splits))

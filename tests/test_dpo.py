@@ -382,7 +382,7 @@ def test_the_embedded_run_pairs_its_own_answers_and_never_sees_held_out_sums(tmp
     answers = {row["prompt"]: row["answer"] for row in train[:120] + held_out[:40]}
     tokenizers = []
 
-    def sample_answers(args, model, tokenizer, prompts, num_answers):
+    def sample_answers(args, model, tokenizer, prompts, num_answers, max_tokens):
         tokenizers.append(tokenizer)
         texts = [tokenizer.decode(ids) for ids in prompts for _ in range(num_answers)]
         return [answers[text] if i % 3 else "4+4=8;7" for i, text in enumerate(texts)]  # two of three are right
@@ -404,9 +404,9 @@ def test_answers_are_sampled_at_temperature_1_and_the_same_at_every_evaluation()
     model.generation_config.temperature, model.generation_config.top_k = 0.01, 1  # a model's own settings do not count
     prompts = [[3, 4], [5], [6, 7, 8]] * 100
     args = Args(bf16=False)
-    first, second = (dpo.sample_answers(args, model, tokenizer, prompts, num_answers=8) for _ in range(2))
+    first, second = (dpo.sample_answers(args, model, tokenizer, prompts, num_answers=8, max_tokens=9) for _ in range(2))
     assert first == second and len(first) == 2400
-    assert dpo.sample_answers(Args(seed=2, bf16=False), model, tokenizer, prompts, num_answers=8) != first
+    assert dpo.sample_answers(Args(seed=2, bf16=False), model, tokenizer, prompts, num_answers=8, max_tokens=9) != first
     with torch.no_grad():
         probs = model(torch.tensor([prompts[1]])).logits[0, -1].softmax(0)
     own = [text for i, text in enumerate(first) if i // 8 % 3 == 1]
