@@ -363,7 +363,8 @@ def evaluate(
     metrics = means(gather(values))
     if writer is not None:
         write_logs(writer, metrics, step)
-        shown = [pairs[i] for i in indices[:8]]
+        shown = [pairs[i] for i in indices if len(pairs[i].prompt_ids) + 64 <= args.max_length]
+        shown = shown[:8]
         prompts = [pair.prompt_ids for pair in shown]
         answers = sample_answers(args, model, tokenizer, prompts, num_answers=1, max_tokens=64)
         texts = [pair.prompt + answer for pair, answer in zip(shown, answers, strict=True)]
@@ -436,7 +437,9 @@ def main(args: Args) -> dict[str, float]:
         add_adapters(model, args)
 
     # ---- data, shuffled anew in each epoch
-    train, held_out = load_pairs(args, tokenizer, model.config, run_dir, date_string, rank)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    args.max_length = min(args.max_length, context)
+    train, held_out = load_pairs(args, tokenizer, run_dir, date_string, rank)
     pairs = train + held_out
     if args.max_steps is None:
         args.max_steps = max(1, round(args.num_train_epochs * len(train) / args.train_batch_size))
@@ -854,7 +857,7 @@ def make_pairs(rows, tokenizer, max_length: int, date_string: str, rank: int) ->
     return pairs
 
 
-def load_pairs(args: Args, tokenizer, config, run_dir: Path, date_string: str, rank: int):
+def load_pairs(args: Args, tokenizer, run_dir: Path, date_string: str, rank: int):
     """Pairs to train on, and pairs to evaluate on, which share no prompt."""
     if args.model_name_or_path is None:
         train_rows, test_rows = json.loads((run_dir / "pairs.json").read_text())
@@ -864,10 +867,8 @@ def load_pairs(args: Args, tokenizer, config, run_dir: Path, date_string: str, r
     check_columns(train_rows, used, rank)
     if "margin" in train_rows[0]:
         raise UserError("--dataset-name has a `margin`, which DPO does not use: remove the column")
-    context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    max_length = min(args.max_length, context)
-    train = make_pairs(train_rows, tokenizer, max_length, date_string, rank)
-    held_out = make_pairs(test_rows, tokenizer, max_length, date_string, rank)
+    train = make_pairs(train_rows, tokenizer, args.max_length, date_string, rank)
+    held_out = make_pairs(test_rows, tokenizer, args.max_length, date_string, rank)
     return separate(args, train, held_out, rank)
 
 

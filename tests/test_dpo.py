@@ -15,6 +15,7 @@ from conftest import (
     PAIRS, make_model, make_tokenizer, run_folder, save_tiny_model, scalars, tiny_flags, weights, write_rows,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, MistralConfig
 
 import dpo
@@ -356,6 +357,16 @@ def test_a_run_that_is_cut_off_resumes_bit_equal(run, tmp_path, monkeypatch, ref
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert scalars(cut) == scalars(whole)
     shutil.rmtree(tmp_path / "cut")
+
+
+def test_sample_texts_are_of_held_out_prompts_that_leave_room(run):
+    """The model holds 128 positions; an answer takes up to 64."""
+    rows = [row_of("2", "3", "1" * n + "+1=") for n in (3, 100, 7)]
+    result = run(PAIRS, rows, max_steps=1)
+    events = EventAccumulator(str(result.folder))
+    events.Reload()
+    (first, _) = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")]
+    assert [text[: text.index("=") + 1] for text in first.split("\n\n")] == ["111+1=", "1111111+1="]
 
 
 # ---- the laptop task
