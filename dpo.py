@@ -497,8 +497,7 @@ def main(args: Args) -> dict[str, float]:
     for step in bar:
         # ---- update. Gradients add up over all micro-batches and processes
         batch = order[step * args.train_batch_size : (step + 1) * args.train_batch_size]
-        if args.gradient_checkpointing:
-            model.train()  # it acts in this mode only; all dropout is off
+        model.train()  # all dropout is off; gradient checkpointing acts in this mode only
         values = defaultdict(list)
         for rows in split_by_length(args, pairs, batch[rank::world_size]):
             losses, stats = pair_losses(args, model, [pairs[i] for i in rows], ref_logps[rows])
@@ -778,7 +777,10 @@ def render(turns: list[dict], row: dict, tokenizer, date_string: str, is_prompt:
 
 
 def tokenize(texts: list[str], has_turns: bool, tokenizer) -> list[list[int]]:
-    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text."""
+    """Ids of texts, with their special tokens: those of the chat template; else EOS ends a text.
+
+    EOS after a prompt does no harm, as a prompt ends where its ids and those of the answers part.
+    """
     if not texts:
         return []
     rows = tokenizer(texts, add_special_tokens=not has_turns).input_ids

@@ -758,8 +758,7 @@ def main(args: Args) -> dict[str, float]:
         microbatches = make_microbatches(args, policy.model, reference, samples, advantages)
         num_tokens = sum(batch["loss_mask"].sum() for batch in microbatches)
         num_tokens = total(num_tokens).clamp(min=1)
-        if args.gradient_checkpointing:
-            model.train()  # it acts in this mode only; all dropout is off
+        model.train()  # all dropout is off; gradient checkpointing acts in this mode only
         stats = defaultdict(float)  # means over --num-iterations
         grad_norms = []
         for iteration in range(args.num_iterations):
