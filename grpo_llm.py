@@ -396,7 +396,8 @@ def score(
             values = asyncio.run(values)
         numbers = [math.nan if value is None else float(value) for value in values]
         by_name[name] = torch.tensor(numbers)  # (P * G,)
-        if len(numbers) != len(samples) or by_name[name].isinf().any():
+        is_none = torch.tensor([value is None for value in values])
+        if len(numbers) != len(samples) or not (by_name[name].isfinite() | is_none).all():
             raise UserError(f"REWARDS: {name} must return a finite number or None per completion")
         if weight != 0:
             rewards += weight * by_name[name].nan_to_num()
@@ -813,6 +814,8 @@ def main(args: Args) -> dict[str, float]:
             "train/completions/clipped_ratio": [sample.is_truncated for sample in samples],
             "train/num_tokens": [num_ids(sample) for sample in samples],
         }
+        for name, numbers in stats.items():
+            values[name] = [total(numbers).item()]
         for name, tensor in by_name.items():
             values[f"train/rewards/{name}/mean"] = tensor.tolist()
         for name, numbers in log.metrics.items():
@@ -824,8 +827,6 @@ def main(args: Args) -> dict[str, float]:
         logs["train/reward_std"] = torch.tensor(values["train/reward"]).std().item()
         logs["train/grad_norm"] = sum(grad_norms) / args.num_iterations
         logs["charts/learning_rate"] = learning_rate
-        for name, numbers in stats.items():
-            logs[name] = total(numbers).item()
         bar.set_postfix(reward=logs["train/reward"], length=logs["train/completions/mean_length"])
         if writer is not None:
             write_logs(writer, logs, step + 1)
@@ -1253,6 +1254,8 @@ def check_args(args: Args, world_size: int) -> None:
     for name in ("max_steps", "eval_steps", "save_steps", "num_iterations", "micro_batch_size"):
         if vars(args)[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.max_completion_length < 1 or args.eval_generations < 1:
+        raise UserError("--max-completion-length and --eval-generations must be at least 1")
     if args.num_generations < 2:
         raise UserError("--num-generations: an advantage takes at least 2 completions of a prompt")
     if args.generation_batch_size % (args.num_generations * world_size) != 0:

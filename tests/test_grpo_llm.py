@@ -464,7 +464,7 @@ def test_an_async_function_is_awaited():
     assert score(samples_of("a", "b"), later=(later, 1.0))[0].tolist() == [0.25, 0.25]
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], [1.0, math.inf], [-math.inf, None], [None, 1.0]])
+@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], [1.0, math.inf], [-math.inf, None], [1.0, math.nan], [None, 1.0]])
 def test_what_is_no_list_of_rewards_names_the_function(values):
     with pytest.raises(UserError, match="broken"):
         score(samples_of("a", "b"), broken=(lambda **columns: values, 1.0))
@@ -493,13 +493,14 @@ def test_metrics_and_columns_of_reward_functions_are_logged_beside_the_others(ti
     assert "'upper': '" in event.tensor_proto.string_val[0].decode()
 
 
-def test_no_metric_overwrites_another(tiny):
+@pytest.mark.parametrize("name", ["reward", "kl"])
+def test_no_metric_overwrites_another(tiny, name):
     def rude(completions, log_metric, **columns):
-        log_metric("reward", 7)
+        log_metric(name, 7)
         return [0.0] * len(completions)
 
     grpo_llm.REWARDS = {"rude": (rude, 1.0)}
-    with pytest.raises(UserError, match="log_metric: reward"):
+    with pytest.raises(UserError, match=f"log_metric: .*{name} is the name"):
         main(tiny())
 
 
