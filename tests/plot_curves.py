@@ -34,7 +34,7 @@ CURVES = {  # tags of a script's picture, and what their axes say
         "eval/logps/chosen": "log p(chosen answers), nats",
     },
     "reward_model": {
-        "eval/accuracy": "pairs in the right order, held-out", "eval/margin": "score of the better answer minus the other's",
+        "eval/accuracy": "pairs in the right order, held-out", "eval/margin": "lead of the better answer's score",
         "eval/loss": "loss, held-out, nats",
     },
     "maxent_irl": {
