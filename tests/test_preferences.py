@@ -130,9 +130,8 @@ def test_a_token_that_spans_the_seam_belongs_to_the_answers():
     from tokenizers import Regex, pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("=1|."), "isolated")
-    (pair,) = dpo.make_pairs([row_of("12", "3", "1+1=")], tokenizer, 99, DATE, rank=0)
-    assert [tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)] == [
-        "1+1", "=12<eos>", "=3<eos>"]  # fmt: skip
+    rows = [row_of("12", "3", "1+1="), row_of("3", "12", "1+1=")]
+    assert texts_of(rows, tokenizer) == [["1+1", "=12<eos>", "=3<eos>"], ["1+1", "=3<eos>", "=12<eos>"]]
 
 
 BAD = [  # rows that cannot be used, and words of the reason
