@@ -351,7 +351,7 @@ def load_reward_model(args: Args, device: torch.device) -> Callable:
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
         ids = tokenizer(texts, add_special_tokens=plain, truncation=True, max_length=max_length).input_ids
         for row in ids if plain else ():  # as reward_model.py reads texts
-            row += [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, row[-1]))
+            row += [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, row[-1]) and len(row) < max_length)
         scores, lengths = torch.zeros(len(ids)), torch.tensor([*map(len, ids)])
         for mb in lengths.argsort().split(max(1, args.max_tokens_per_microbatch // int(lengths.max()))):
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in mb]}, padding_side="right", return_tensors="pt")

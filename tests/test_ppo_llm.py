@@ -244,7 +244,8 @@ def scores_of(args, calls):
     if args.reward_model_path is None:
         return torch.tensor([reward_by_prompt(*call) for call in calls])
     rated = load_rated(args.reward_model_path)
-    scores = torch.cat([rated(ids_of(*c)[:, : len(c[0] + c[1])]).logits[0] for c in calls])  # without EOS
+    texts = [ids_of(*c)[:, : len(c[0] + c[1])] for c in calls]  # EOS ends a text, also where a completion was cut off
+    scores = torch.cat([rated(torch.cat([ids, torch.tensor([[1]])], 1)).logits[0] for ids in texts])
     return (scores - 0.5) / 2.0 if args.normalize_reward_model else scores
 
 

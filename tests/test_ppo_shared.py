@@ -369,6 +369,8 @@ def test_reward_model_scores_are_the_classifiers_own_also_in_a_batch(template, k
         together, alone = score(samples), torch.cat([score([s]) for s in samples])
         assert torch.allclose(together, alone, atol=1e-5) and len(set(together.tolist())) == 4
         ids = tokenizer("7=1" if template is None else "u7=a1", return_tensors="pt").input_ids
+        if template is None:  # EOS ends a text
+            ids = torch.cat([ids, torch.tensor([[1]])], 1)
         expected = model(input_ids=ids).logits.item()
         assert together[0].item() == pytest.approx((expected - 0.5) / 2 if normalize else expected, abs=1e-5)
         assert torch.allclose(*score(long), atol=1e-6) == (kind == "bert")  # its context has room for 16 tokens
