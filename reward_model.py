@@ -217,13 +217,11 @@ def score_answers(args: Args, model, answers: list[list[int]]) -> Tensor:
     with autocast(args, device):
         if not hasattr(model, "score"):  # an encoder
             return model(input_ids=input_ids, attention_mask=mask).logits[:, 0].float()
-        hidden = model.base_model(
-            input_ids=input_ids, use_cache=False
-        ).last_hidden_state  # (B, L, H)
-    last = hidden[torch.arange(len(rows)), mask.sum(1) - 1]  # (B, H)
-    return model.score(last.float())[
-        :, 0
-    ]  # not in bf16: between 4 and 8 its numbers are 1/32 apart
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    lengths = mask.sum(1)  # (B,)
+    last = hidden[torch.arange(len(rows)), lengths - 1]  # (B, H), of hidden (B, L, H)
+    # In fp32, as bf16 numbers between 4 and 8 are 1/32 apart.
+    return model.score(last.float())[:, 0]
 
 
 # ==================================================================================================
