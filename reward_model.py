@@ -34,7 +34,7 @@ nothing but length has the second.
     torchrun --nproc-per-node=8 reward_model.py ...   # 8 GPUs: the same batch, split by rankings
     python reward_model.py --resume runs/<run folder> # continue exactly from the last checkpoint
 
-The first takes about four minutes on two cores. Of two answers to a held-out sum, one right and one
+The first takes about seven minutes on one core. Of two answers to a held-out sum, one right and one
 off by 1, it then prefers the right one in 0.99 of the pairs (the longer one is right in 0.82).
 
 Shapes: R rankings of a micro-batch, K answers of each, B = R K rows of L tokens: prompt and answer,
